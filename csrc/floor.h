@@ -1,0 +1,160 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The kernel floor: one function, one thing done to the kernel. Each returns a value or -errno,
+ * keeps no state and prints nothing. What lies between the two marks is also the cffi declaration.
+ */
+#ifndef TUCKCTL_FLOOR_H
+#define TUCKCTL_FLOOR_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* cdef: begin */
+/* The kernel's struct statmount; what is called [str] there is an offset into str. */
+struct tuck_statmount {
+    uint32_t size;
+    uint32_t mnt_opts;
+    uint64_t mask;
+    uint32_t sb_dev_major;
+    uint32_t sb_dev_minor;
+    uint64_t sb_magic;
+    uint32_t sb_flags;
+    uint32_t fs_type;
+    uint64_t mnt_id;
+    uint64_t mnt_parent_id;
+    uint32_t mnt_id_old;
+    uint32_t mnt_parent_id_old;
+    uint64_t mnt_attr;
+    uint64_t mnt_propagation;
+    uint64_t mnt_peer_group;
+    uint64_t mnt_master;
+    uint64_t propagate_from;
+    uint32_t mnt_root;
+    uint32_t mnt_point;
+    uint64_t mnt_ns_id;
+    uint32_t fs_subtype;
+    uint32_t sb_source;
+    uint32_t opt_num;
+    uint32_t opt_array;
+    uint32_t opt_sec_num;
+    uint32_t opt_sec_array;
+    uint64_t spare[46];
+    char str[];
+};
+
+struct tuck_loop_status {
+    uint64_t backing_dev;
+    uint64_t backing_ino;
+    uint64_t offset;
+    uint64_t size_limit;
+    uint32_t number;
+    uint32_t flags;
+};
+
+struct tuck_namespace {
+    uint64_t id;
+    uint64_t inode;
+    uint64_t mounts;
+};
+
+/* A device number as statmount and statx split it. */
+struct tuck_dev {
+    uint32_t major;
+    uint32_t minor;
+};
+
+/* One mount of a superblock that was looked for. */
+struct tuck_match {
+    uint64_t namespace_id;
+    uint64_t namespace_inode;
+    uint64_t mount_id;
+    uint64_t parent_id;
+    uint64_t attributes;
+    uint64_t propagation;
+    uint64_t peer_group;
+    uint64_t master;
+    struct tuck_dev device;
+};
+
+struct tuck_holder {
+    int32_t pid;
+    int32_t kind;
+    uint64_t mount_id;
+    uint64_t number;
+    uint64_t end;
+};
+
+struct tuck_counts {
+    uint32_t stop;
+    uint32_t ready;
+    uint64_t looks;
+    uint64_t seen[8];
+    uint64_t other;
+    uint64_t errors;
+    uint64_t last_errno;
+    uint64_t longest_absence_ns;
+    char sample[128];
+};
+
+/* The new mount interface. */
+int tuck_fsopen(const char *fstype, unsigned int flags);
+int tuck_fsconfig_set_flag(int context, const char *key);
+int tuck_fsconfig_set_string(int context, const char *key, const char *value);
+int tuck_fsconfig_set_fd(int context, const char *key, int value);
+int tuck_fsconfig_create(int context);
+int tuck_fsconfig_reconfigure(int context);
+int64_t tuck_fscontext_message(int context, char *ret_message, size_t size);
+int tuck_fsmount(int context, unsigned int flags, unsigned int attributes);
+int tuck_fspick(int directory, const char *path, unsigned int flags);
+int tuck_open_tree(int directory, const char *path, unsigned int flags);
+int tuck_open_tree_attr(int directory, const char *path, unsigned int flags, uint64_t set, uint64_t clear,
+                        uint64_t propagation, uint64_t user_namespace);
+int tuck_move_mount(int from_directory, const char *from_path, int to_directory, const char *to_path,
+                    unsigned int flags);
+int tuck_mount_setattr(int directory, const char *path, unsigned int flags, uint64_t set, uint64_t clear,
+                       uint64_t propagation, uint64_t user_namespace);
+int tuck_umount2(const char *path, int flags);
+
+/* What is mounted. */
+int tuck_statmount(uint64_t mount_id, uint64_t namespace_id, uint64_t mask, struct tuck_statmount *ret_mount,
+                   size_t size);
+int64_t tuck_listmount(uint64_t mount_id, uint64_t namespace_id, uint64_t after, uint64_t *ret_ids, size_t count);
+int tuck_mount_id(int directory, const char *path, int flags, uint64_t *ret_id);
+int tuck_openat2(int directory, const char *path, uint64_t flags, uint64_t mode, uint64_t resolve);
+
+/* Namespaces. setns and unshare act on the calling thread: call them on a thread of their own. */
+int tuck_setns(int namespace_fd, int type);
+int tuck_unshare(int flags);
+int tuck_namespace_id(int namespace_fd, uint64_t *ret_id);
+int tuck_namespace_info(int namespace_fd, struct tuck_namespace *ret_namespace);
+int tuck_namespace_next(int namespace_fd, struct tuck_namespace *ret_namespace);
+int tuck_namespace_previous(int namespace_fd, struct tuck_namespace *ret_namespace);
+int tuck_namespace_owner(int namespace_fd);
+
+/* Loop devices and file clones. */
+int tuck_loop_get_free(int control);
+int tuck_loop_configure(int loop, int backing, uint32_t block_size, uint32_t flags);
+int tuck_loop_clear(int loop);
+int tuck_loop_status(int loop, struct tuck_loop_status *ret_status);
+int tuck_clone_file(int to, int from);
+
+/* Walks: many looks in one call. A count larger than what was given room for says how much is needed. */
+int64_t tuck_list_namespaces(int namespace_fd, struct tuck_namespace *ret_namespaces, size_t count);
+int64_t tuck_find_mounts(const struct tuck_namespace *namespaces, size_t namespace_count, uint64_t after,
+                         const struct tuck_dev *devices, size_t device_count, struct tuck_match *ret_matches,
+                         size_t count, size_t *ret_unseen);
+int64_t tuck_find_holders(int proc, const uint64_t *mount_ids, size_t mount_count, const struct tuck_dev *devices,
+                          size_t device_count, struct tuck_holder *ret_holders, size_t count, size_t *ret_unseen);
+
+/* Looks at a path until told to stop, and counts what it saw. */
+int tuck_watch(int how, const char *path, const char *const *expected, size_t expected_count, uint32_t good,
+               struct tuck_counts *counts);
+/* cdef: end */
+
+/* tuck_holder.kind; for FD and WATCH number is the fd, for MAP number and end are the addresses. */
+enum { TUCK_HOLD_FD, TUCK_HOLD_CWD, TUCK_HOLD_ROOT, TUCK_HOLD_EXE, TUCK_HOLD_MAP, TUCK_HOLD_WATCH };
+
+/* tuck_watch's how. */
+enum { TUCK_WATCH_READ, TUCK_WATCH_STAT, TUCK_WATCH_READDIR, TUCK_WATCH_EXECVE };
+
+#endif

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""tuckctl replaces a live overlay mount, and nobody sees the moment."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tuckctl.commands import detach, history, holders, rollback, status, swap
+    from tuckctl.errors import (
+        FailedError,
+        ImageError,
+        IncompleteError,
+        KernelError,
+        LockedError,
+        PartialError,
+        RefusedError,
+        TuckError,
+        UndoneError,
+        UnsupportedError,
+        UsageError,
+    )
+    from tuckctl.results import (
+        GenerationInfo,
+        Holder,
+        Holders,
+        History,
+        ImageInfo,
+        Problem,
+        Receiver,
+        Status,
+        TargetResult,
+        TargetStatus,
+        TransactionResult,
+    )
+
+__all__ = [
+    "FailedError",
+    "GenerationInfo",
+    "History",
+    "Holder",
+    "Holders",
+    "ImageError",
+    "ImageInfo",
+    "IncompleteError",
+    "KernelError",
+    "LockedError",
+    "PartialError",
+    "Problem",
+    "Receiver",
+    "RefusedError",
+    "Status",
+    "TargetResult",
+    "TargetStatus",
+    "TransactionResult",
+    "TuckError",
+    "UndoneError",
+    "UnsupportedError",
+    "UsageError",
+    "detach",
+    "history",
+    "holders",
+    "rollback",
+    "status",
+    "swap",
+]
+
+_COMMANDS = ("detach", "history", "holders", "rollback", "status", "swap")
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is: `--version` does not pay for the rest."""
+    if name not in __all__:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    if name in _COMMANDS:
+        from tuckctl import commands as module  # noqa: PLC0415
+    elif name.endswith("Error"):
+        from tuckctl import errors as module  # type: ignore[no-redef]  # noqa: PLC0415
+    else:
+        from tuckctl import results as module  # type: ignore[no-redef]  # noqa: PLC0415
+    return getattr(module, name)

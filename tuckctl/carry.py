@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The submounts of a target, carried from the old content to the new.
+
+Each is cloned: the same superblock, so that its files stay open, with its flags and its peer group.
+A tuck beneath a shared parent makes every mount of the tucked tree shared and copies it to every
+receiver. So only submounts that are shared travel in the tree; the others are attached afterwards,
+while new has left its peer group for the moment: no one can see it yet.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tuckctl.errors import KernelError, RefusedError
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.flags import Propagation, Resolve
+from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount, move_mount_set_group, open_tree, openat2, show
+from tuckctl.target import submounts
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from tuckctl.kernel.syscalls import Mount
+    from tuckctl.target import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """One submount's clone, and where it goes: a path in its parent's clone, or in new itself."""
+
+    mount: Mount
+    clone: Fd
+    parent: Mount | None
+    place: bytes
+
+    @property
+    def shared(self) -> bool:
+        """Whether the original is in a peer group of its own accord."""
+        return bool(self.mount.peer_group)
+
+
+class Carriage:
+    """The clones of a target's submounts; owns their descriptors."""
+
+    def __init__(self, target: Target, carried: Sequence[Carried]) -> None:
+        """Own the clones, parents before their children."""
+        self.target = target
+        self.carried = tuple(carried)
+
+    def __len__(self) -> int:
+        """Return how many submounts are carried."""
+        return len(self.carried)
+
+    def __enter__(self) -> Self:
+        """Own the clones for the length of a block."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """Close them: what was not attached is gone."""
+        for item in self.carried:
+            item.clone.close()
+
+    def _onto(self, item: Carried, new: Fd) -> Fd:
+        if item.parent is None:
+            return new
+        return next(other.clone for other in self.carried if other.mount.id == item.parent.id)
+
+    def _refuse_without_place(self, item: Carried, new: Fd) -> None:
+        where = show(item.mount.point)
+        try:
+            with openat2(self._onto(item, new), item.place, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as place:
+                there = stat.S_ISDIR(os.fstat(place.fileno()).st_mode)
+        except KernelError as error:
+            raise RefusedError(
+                "submount-has-no-place",
+                f"{where} is mounted in the target, and the new content has no such path",
+                f"unmount {where}, or add the path to the image",
+            ) from error
+        if there != stat.S_ISDIR(os.fstat(item.clone.fileno()).st_mode):
+            raise RefusedError(
+                "submount-has-no-place",
+                f"{where} is mounted in the target, and in the new content that path is "
+                + ("a directory" if there else "not a directory"),
+                f"unmount {where}, or change the image",
+            )
+
+    def attach(self, new: Fd, *, parent_shared: bool) -> None:
+        """Attach to the detached new what may travel with it; refuse what has no place there."""
+        for item in self.carried:
+            self._refuse_without_place(item, new)
+            onto_alone = item.parent is not None and not item.parent.peer_group
+            if item.shared or onto_alone or not parent_shared:
+                move_mount(item.clone, self._onto(item, new), item.place)
+
+    def attach_alone(self, new: Fd, *, parent_shared: bool) -> None:
+        """Attach to the tucked new, here only, the submounts that are not shared."""
+        for item in self.carried:
+            onto_alone = item.parent is not None and not item.parent.peer_group
+            if item.shared or onto_alone or not parent_shared:
+                continue
+            onto = self._onto(item, new)
+            with open_tree(onto, clone=True) as member:
+                mount_setattr(onto, propagation=Propagation.PRIVATE)
+                try:
+                    move_mount(item.clone, onto, item.place)
+                finally:
+                    move_mount_set_group(member, onto)
+
+
+def _refuse(code: str, mount: Mount, why: str, hint: str) -> RefusedError:
+    return RefusedError(code, f"{show(mount.point)} ({mount.fstype}), mounted in the target, {why}", hint)
+
+
+def _clone(target: Target, mount: Mount) -> Fd:
+    relative = mount.point[len(target.path) + 1 :]
+    if mount.fstype == "autofs":
+        raise _refuse("submount-is-autofs", mount, "is a trigger: a copy of it would never expire", "stop the automounter")
+    try:
+        with openat2(target.parent, target.name + b"/" + relative, os.O_PATH, Resolve.NO_SYMLINKS) as seen:
+            if mount_id(seen) != mount.id:
+                raise _refuse(
+                    "submount-covered", mount, "is covered by another mount", "unmount what covers it, or both"
+                )
+            return open_tree(seen, clone=True)
+    except KernelError as error:
+        raise _refuse("submount-cannot-be-copied", mount, f"cannot be copied: {error}", "unmount it first") from error
+
+
+def gather(target: Target) -> Carriage:
+    """Clone what is mounted below the target. Raises RefusedError, naming the submount that cannot be."""
+    carried: list[Carried] = []
+    known: dict[int, Mount] = {}
+    try:
+        for mount in submounts(target):
+            parent = known.get(mount.parent_id)
+            above = parent.point if parent else target.path
+            carried.append(Carried(mount, _clone(target, mount), parent, mount.point[len(above) + 1 :]))
+            known[mount.id] = mount
+    except BaseException:
+        for item in carried:
+            item.clone.close()
+        raise
+    return Carriage(target, carried)

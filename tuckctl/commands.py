@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands as functions, by the same names and options.
+
+They work from any thread, and change neither the process's working directory nor its namespaces nor
+its signal handlers. They raise subclasses of TuckError, whose `result` is the document as far as it got.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Literal
+
+from tuckctl import reports as _reports
+from tuckctl import transaction as _transaction
+from tuckctl.errors import UsageError
+from tuckctl.transaction import Request
+
+if TYPE_CHECKING:
+    from tuckctl.images import Progress
+    from tuckctl.results import Holders, History, Status, TransactionResult
+
+StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Busy = Literal["lazy", "wait", "fail"]
+
+
+def swap(
+    target: StrPath | Mapping[StrPath, Sequence[StrPath]],
+    images: Sequence[StrPath] | None = None,
+    *,
+    busy: Busy = "lazy",
+    timeout: float = 30.0,
+    base: StrPath | None = None,
+    options: str | None = None,
+    in_place: bool = False,
+    adopt: bool = False,
+    sha256: Sequence[str] = (),
+    keep: int = 5,
+    progress: Progress | None = None,
+) -> TransactionResult:
+    """Replace a target's content by images over base, with no moment in which anything else is seen.
+
+    Args:
+        target: a directory; or a mapping of one directory to its images.
+        images: files, block devices or directories, the topmost first.
+        busy: what to do while old is in use: detach it and report its holders; wait until the
+            deadline for a plain unmount, then undo; undo at once.
+        timeout: seconds until the deadline of "wait" and of another transaction's lock.
+        base: what lies at the bottom: "under" (what is under the target), "none", or a directory;
+            None is as before, at first "under".
+        options: mount flags as in fstab(5), on top of those before.
+        in_place: use image files where they lie instead of keeping copies of them by content.
+        adopt: take over an overlay that tuckctl did not make.
+        sha256: the digests that the images must have, in their order.
+        keep: how many generations are kept afterwards, besides those in use.
+        progress: is told (what, bytes done, bytes in all) of long work.
+
+    Raises:
+        RefusedError: nothing was touched; ImageError: for an image; UndoneError: old is live again;
+        PartialError: new is live, but not everywhere; LockedError: another transaction holds the target.
+
+    """
+    if isinstance(target, Mapping):
+        if images is not None or len(target) != 1:
+            raise UsageError("several-targets", "several targets at once are not supported yet", "name one target")
+        ((target, images),) = target.items()
+    if images is None:
+        raise UsageError("no-image", "no image is named", "name at least one image")
+    if isinstance(images, str | bytes):
+        raise UsageError("no-image", "images is a sequence of paths, not one path", "write [path]")
+    request = Request(
+        images=tuple(os.fsencode(image) for image in images),
+        busy=busy,
+        timeout=timeout,
+        base=None if base is None else os.fsencode(base),
+        options=options,
+        in_place=in_place,
+        adopt=adopt,
+        sha256=tuple(sha256),
+        keep=keep,
+        progress=progress,
+    )
+    return _transaction.swap(os.fsencode(target), request)
+
+
+def rollback(
+    target: StrPath,
+    *,
+    to: int | None = None,
+    busy: Busy = "lazy",
+    timeout: float = 30.0,
+    progress: Progress | None = None,
+) -> TransactionResult:
+    """Bring back the generation that was live before, or generation `to`, in the same way as a swap."""
+    request = Request(to=to, busy=busy, timeout=timeout, progress=progress)
+    return _transaction.rollback(os.fsencode(target), request)
+
+
+def detach(
+    target: StrPath, *, busy: Busy = "lazy", timeout: float = 30.0, adopt: bool = False
+) -> TransactionResult:
+    """Take the overlay off a target, back to base."""
+    return _transaction.detach(os.fsencode(target), Request(busy=busy, timeout=timeout, adopt=adopt))
+
+
+def status(target: StrPath | None = None) -> Status:
+    """Return the state of a target, or of every target on record, with its receivers."""
+    return _reports.status(None if target is None else os.fsencode(target))
+
+
+def history(target: StrPath) -> History:
+    """Return a target's recorded generations, newest first."""
+    return _reports.history(os.fsencode(target))
+
+
+def holders(target: StrPath) -> Holders:
+    """Return who still uses an overlay that was replaced on this target."""
+    return _reports.holders(os.fsencode(target))

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The moment itself: new is tucked beneath old and seen to be there; old is taken off, or new is taken out again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tuckctl.errors import FailedError, IncompleteError, KernelError, RefusedError, UndoneError
+from tuckctl.holding import find as find_holders
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.flags import AT_FDCWD, Propagation, Resolve, Umount
+from tuckctl.kernel.syscalls import (
+    Match,
+    listmount,
+    mount_id,
+    mount_setattr,
+    move_mount,
+    move_mount_set_group,
+    openat2,
+    show,
+    umount2,
+)
+from tuckctl.kernel.threads import in_copy
+from tuckctl.receivers import Arrival, Sight, arrival, observe
+from tuckctl.target import look
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from tuckctl.carry import Carriage
+    from tuckctl.kernel.syscalls import Mount
+    from tuckctl.results import Holder
+    from tuckctl.target import Target
+
+_FIRST_WAIT = 0.001
+_LONGEST_WAIT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Revealed:
+    """What the exchange came to.
+
+    `receivers` show new; `stale` are copies of old that propagation did not reach; `replaced` are the
+    ids of the mounts that were taken off while something still used them.
+    """
+
+    mount_id: int
+    receivers: tuple[Match, ...]
+    stale: tuple[Match, ...]
+    unseen: int
+    replaced: tuple[int, ...]
+
+
+def _copies_of(sight: Sight, mount: Mount) -> tuple[Match, ...]:
+    """Return the mounts of a mount's content; a bind shares its superblock with mounts that are not meant."""
+    found = sight.of(mount.device)
+    if mount.root == b"/":
+        return tuple(found)
+    inside = mount.root + b"/"
+    copies = []
+    for match in found:
+        try:
+            root = look(match.mount_id, match.namespace_id).root
+        except KernelError:
+            continue
+        if (root + b"/").startswith(inside):
+            copies.append(match)
+    return tuple(copies)
+
+
+def _explain(error: KernelError, target: Target) -> FailedError | RefusedError | KernelError:
+    if error.errno == errno.ENOSPC:
+        return RefusedError(
+            "mount-limit",
+            f"{show(target.path)}: a namespace that would receive the mount is at its limit of mounts",
+            "raise the sysctl fs.mount-max",
+        )
+    if error.errno == errno.ENOENT:
+        return FailedError("target-changed", f"{show(target.path)} was unmounted or removed meanwhile", "try again")
+    return error
+
+
+class Exchange:
+    """One target's exchange: its facts before, and new's identity."""
+
+    def __init__(self, target: Target, old: Mount | None, new: Fd, carriage: Carriage) -> None:
+        """Take what was found and assembled; nothing is done yet."""
+        self.target = target
+        self.old = old
+        self.new = new
+        self.new_id = mount_id(new)
+        self.carriage = carriage
+        self.base = target.stack[-2] if old is not None and len(target.stack) > 1 else target.top if old is None else None
+        self.parent = self.base or target.around
+        self._covered: tuple[int, ...] = ()
+
+    @property
+    def parent_shared(self) -> bool:
+        """Whether the mount on which new comes to lie propagates to others."""
+        return bool(self.parent.peer_group)
+
+    def wait_if_stuck(self, busy: str, deadline: float) -> None:
+        """Look for holders before the tuck where it cannot be undone: under a private, covered filesystem."""
+        if self.can_undo or busy == "lazy":
+            return
+        self._covered = (self.old.id,) if self.old else ()
+        pause = _FIRST_WAIT
+        while find_holders(self.target.path, self._covered, ()):
+            if busy == "fail" or time.monotonic() + pause > deadline:
+                raise _busy_error(self.target, self.holders())
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_WAIT)
+
+    def tuck(self) -> None:
+        """Put new beneath old; on a bare directory or filesystem on top, which shows it at once."""
+        try:
+            move_mount(self.new, self.target.parent, self.target.name, beneath=self.old is not None)
+        except KernelError as error:
+            raise _explain(error, self.target) from error
+        self.carriage.attach_alone(self.new, parent_shared=self.parent_shared)
+
+    def verify_tucked(self) -> Arrival:
+        """See by unique ids that old is seen and new lies right beneath it, here; and who else received it."""
+        seen = self.target.refreshed().stack
+        wanted = [self.new_id] if self.old is None else [self.new_id, self.old.id]
+        if [mount.id for mount in seen[-len(wanted) :]] != wanted:
+            raise UndoneError(
+                "target-changed",
+                f"{show(self.target.path)}: something else was mounted or unmounted there at the same moment",
+                "try again",
+            )
+        new = seen[-len(wanted)]
+        devices = [new.device] + ([self.old.device] if self.old else [])
+        sight = observe(devices)
+        fresh = Sight(tuple(m for m in sight.matches if m.mount_id >= self.new_id or m.device != new.device), sight.unseen)
+        old = _copies_of(sight, self.old) if self.old else ()
+        found = arrival(fresh, old, new.device)
+        self._covered = tuple(match.mount_id for match in found.follow)
+        if len(self.carriage):
+            below = (listmount(match.mount_id, match.namespace_id) for match in found.follow)
+            self._covered += tuple(identity for ids in below for identity in ids)
+        return found
+
+    def reveal(self, busy: str, deadline: float, found: Arrival) -> tuple[int, ...]:
+        """Take old off. Returns the ids of the mounts that were detached while in use.
+
+        A plain unmount is the proof that nobody uses any propagated copy: it takes all of them or
+        none. The kernel refuses it for a mount with submounts, whoever uses it: there, holders are
+        looked for instead. Raises UndoneError when old stays in use under "fail", or under "wait"
+        until the deadline on the monotonic clock.
+        """
+        if self.old is None:
+            return ()
+        pause = _FIRST_WAIT
+        while True:
+            if self._take_off_unused():
+                return ()
+            if busy == "lazy":
+                self._refuse_to_lose_submounts(found)
+                umount2(self.target.place, Umount.DETACH)
+                return self._covered
+            if busy == "fail" or time.monotonic() + pause > deadline:
+                raise _busy_error(self.target, self.holders())
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_WAIT)
+
+    def _take_off_unused(self) -> bool:
+        if len(self.carriage):
+            if find_holders(self.target.path, self._covered, ()):
+                return False
+            umount2(self.target.place, Umount.DETACH)
+            return True
+        try:
+            umount2(self.target.place)
+        except KernelError as error:
+            if error.errno != errno.EBUSY:
+                raise
+            return False
+        return True
+
+    def holders(self) -> tuple[Holder, ...]:
+        """Return who uses the content that is to be replaced."""
+        return find_holders(self.target.path, self._covered, (self.old.device,) if self.old else ())
+
+    def _refuse_to_lose_submounts(self, found: Arrival) -> None:
+        """A lazy unmount takes the submounts of every copy with it; in other namespaces they are not carried yet."""
+        for match in found.follow:
+            if self.old is None or match.mount_id == self.old.id:
+                continue
+            lost = _lost_points(match)
+            if lost:
+                raise UndoneError(
+                    "receiver-has-submounts",
+                    f"{show(min(lost))} is mounted in namespace {match.namespace_inode} on the content to be replaced"
+                    " and would be lost there",
+                    "unmount it there, or restart what lives in that namespace afterwards",
+                )
+
+    def verify_revealed(self) -> Revealed:
+        """Look again everywhere: that an unmount succeeded proves nothing."""
+        top = self.target.top_id()
+        if top != self.new_id:
+            raise IncompleteError(
+                "not-revealed",
+                f"{show(self.target.path)} shows another mount than the new one",
+                f"tuckctl status {show(self.target.path)}",
+            )
+        new = look(self.new_id)
+        sight = observe([new.device] + ([self.old.device] if self.old else []))
+        receivers = tuple(match for match in sight.of(new.device) if match.mount_id >= self.new_id)
+        stale = _copies_of(sight, self.old) if self.old else ()
+        return Revealed(self.new_id, receivers, stale, sight.unseen, ())
+
+    def restore_propagation(self) -> None:
+        """Give new the propagation that old had here: after the reveal, which follows new's own."""
+        if self.old is None:
+            return
+        wanted = self.old.propagation & (Propagation.PRIVATE | Propagation.UNBINDABLE)
+        if wanted and not self.old.master:
+            mount_setattr(self.new, propagation=wanted)
+        elif self.old.peer_group and not self.parent_shared:
+            mount_setattr(self.new, propagation=Propagation.SHARED)
+
+    def back_out(self) -> bool:
+        """Bring back what was there before, with nothing exposed. Returns False when new is revealed already.
+
+        What is seen decides, not how far the caller got. Raises IncompleteError when the way back is barred.
+        """
+        top = self.target.top_id()
+        if self.old is None:
+            if top == self.new_id:
+                umount2(self.target.place, Umount.DETACH)
+            return True
+        if top == self.new_id:
+            return False
+        below = look(top).parent_id
+        if top == self.old.id and below == self.new_id:
+            if not self.can_undo:
+                umount2(self.target.place, Umount.DETACH)
+                return False
+            self._untuck()
+            below = look(self.old.id).parent_id
+            if self.target.top_id() == self.old.id and below != self.new_id:
+                return True
+        elif top == self.old.id:
+            return True
+        raise IncompleteError(
+            "undo-failed",
+            f"{show(self.target.path)}: the content before is seen, but the new one could not be taken out",
+            f"tuckctl status {show(self.target.path)}",
+        )
+
+    def _untuck(self) -> None:
+        """Unmount new from beneath old.
+
+        In a copy of the namespace old is detached, here only, and then new: that propagates from
+        the parent, and wherever old lies on a copy of new the kernel re-seats it (umount propagation,
+        fs/pnode.c). The way in is the descriptor on new, whose counterpart is the copy's working directory.
+        """
+
+        def take_out() -> None:
+            name = self.target.name
+            with Fd(os.open(".", os.O_PATH)) as here:
+                mount_setattr(here, propagation=Propagation.PRIVATE)
+                os.chdir("..")
+                mount_setattr(AT_FDCWD, name, propagation=Propagation.PRIVATE, recursive=True)
+                umount2(name, Umount.DETACH)
+                move_mount_set_group(self.new, here)
+            umount2(name, Umount.DETACH)
+
+        if self.parent_shared:
+            in_copy(take_out, directory=self.new)
+            return
+        with self._parent_root() as root:
+            mount_setattr(root, propagation=Propagation.SHARED)
+            try:
+                for mount in (self.new, *(item.clone for item in self.carriage.carried)):
+                    mount_setattr(mount, propagation=Propagation.SHARED)
+                in_copy(take_out, directory=self.new)
+            finally:
+                mount_setattr(root, propagation=self.parent.propagation)
+
+    def _parent_root(self) -> Fd:
+        """Open the root of the mount that new lies on; KernelError or ValueError where it cannot be reached."""
+        root = openat2(AT_FDCWD, self.parent.point, os.O_PATH, Resolve.NO_SYMLINKS)
+        if mount_id(root) == self.parent.id:
+            return root
+        root.close()
+        msg = f"{show(self.parent.point)} is covered"
+        raise ValueError(msg)
+
+    @property
+    def can_undo(self) -> bool:
+        """Whether new can be taken out again: the parent is shared, or can be for the moment."""
+        if self.old is None or self.parent_shared:
+            return True
+        try:
+            self._parent_root().close()
+        except (KernelError, ValueError):
+            return False
+        return True
+
+
+def _busy_error(target: Target, holders: Sequence[Holder]) -> UndoneError:
+    users = [holder for holder in holders if holder.kind != "watch"]
+    names = ", ".join(f"{holder.command} (pid {holder.pid})" for holder in users[:3])
+    more = f" and {len(users) - 3} more" if len(users) > 3 else ""
+    return UndoneError(
+        "busy",
+        f"{show(target.path)} is still used" + (f" by {names}{more}" if names else ""),
+        users[0].remedy if users else "look for submounts in other namespaces",
+    )
+
+
+def _lost_points(match: Match) -> set[bytes]:
+    """Return where a receiver has something mounted on its copy of old and nothing on its copy of new."""
+    mounts = {}
+    for identity in listmount(match.parent_id, match.namespace_id):
+        with contextlib.suppress(KernelError):
+            mounts[identity] = look(identity, match.namespace_id)
+    on_old, on_new = set(), set()
+    for mount in mounts.values():
+        above = mount
+        while above.id != match.mount_id and above.parent_id in mounts:
+            above = mounts[above.parent_id]
+        if mount.id != match.mount_id:
+            (on_old if above.id == match.mount_id else on_new).add(mount.point)
+    return on_old - on_new
+
+
+def run(exchange: Exchange, busy: str, deadline: float, enter: Callable[[str], None]) -> Revealed:
+    """Tuck, verify, reveal, verify. Whatever goes wrong before the reveal is undone with nothing exposed."""
+    replaced: tuple[int, ...] = ()
+    exchange.wait_if_stuck(busy, deadline)
+    enter("tuck")
+    try:
+        exchange.tuck()
+        enter("verify")
+        found = exchange.verify_tucked()
+        enter("reveal")
+        replaced = exchange.reveal(busy, deadline, found)
+    except BaseException:
+        enter("undo")
+        if exchange.back_out():
+            raise
+    enter("check")
+    revealed = exchange.verify_revealed()
+    exchange.restore_propagation()
+    return Revealed(revealed.mount_id, revealed.receivers, revealed.stale, revealed.unseen, replaced)
+
+
+def take_off(target: Target, old: Mount, busy: str, deadline: float, enter: Callable[[str], None]) -> Revealed:
+    """Take the overlay off a target and see that base is there. Submounts that base lacks are a reason to refuse."""
+    below = [look(identity) for identity in listmount(old.id)]
+    underneath = {mount.point for mount in (look(i) for i in listmount(look(old.parent_id).id)) if mount not in below}
+    lost = sorted(mount.point for mount in below if mount.point not in underneath)
+    if lost:
+        raise RefusedError(
+            "submount-has-no-place",
+            f"{show(lost[0])} is mounted on the overlay and would be gone with it",
+            f"unmount {show(lost[0])} first",
+        )
+    enter("verify")
+    before = _copies_of(observe([old.device]), old)
+    enter("reveal")
+    replaced: tuple[int, ...] = ()
+    pause = _FIRST_WAIT
+    ids = (*(match.mount_id for match in before), *(mount.id for mount in below))
+    while True:
+        try:
+            umount2(target.place, Umount.DETACH if below and not find_holders(target.path, ids, ()) else Umount(0))
+            break
+        except KernelError as error:
+            if error.errno != errno.EBUSY:
+                raise
+        if busy == "lazy":
+            umount2(target.place, Umount.DETACH)
+            replaced = ids
+            break
+        if busy == "fail" or time.monotonic() + pause > deadline:
+            raise _busy_error(target, find_holders(target.path, ids, ()))
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_WAIT)
+    enter("check")
+    sight = observe([old.device])
+    return Revealed(target.top_id(), (), _copies_of(sight, old), sight.unseen, replaced)

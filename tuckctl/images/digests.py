@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SHA-256 of an open file, and what was found the last time: one small file for each inode."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+import time
+import zlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from tuckctl.errors import TuckError
+from tuckctl.images.drafts import Draft, open_own_directory, open_own_subdirectory
+from tuckctl.images.formats import Flaw
+from tuckctl.kernel.fd import Fd
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+Progress = Callable[[str, int, int], None]
+"""Is told what is being done, the bytes done, and all bytes."""
+
+BLOCK = 1 << 18
+PROGRESS_EVERY = 1 << 24
+_BUFFERS = 4
+_SETTLED_NS = 2_000_000_000
+_ENTRY = re.compile(rb"(\d{1,20}) (-?\d{1,20}) (-?\d{1,20}) ([0-9a-f]{64}) ([0-9a-f]{8})\n")
+_LONGEST_ENTRY = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What changes when a file does: bytes, and the times of its last changes in ns. Its links are its names."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    links: int = field(default=1, compare=False)
+
+    @classmethod
+    def of(cls, file: Fd) -> Stamp:
+        """Read it from an open file."""
+        found = os.fstat(file.fileno())
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_nlink)
+
+    def check(self, file: Fd) -> None:
+        """Raise Flaw `image-changing` when the file is no longer what it was.
+
+        It may have lost or got a name, as when another file was renamed over it: that changes its ctime too.
+        """
+        now = Stamp.of(file)
+        renamed = now.links != self.links
+        if (now.size, now.mtime_ns) != (self.size, self.mtime_ns) or (now.ctime_ns != self.ctime_ns and not renamed):
+            raise _changing()
+
+
+def _changing() -> Flaw:
+    return Flaw("image-changing", "it was changed while it was being read", "Wait until it is complete, and try again.")
+
+
+def length(file: Fd) -> int:
+    """Return the size in bytes of a regular file or a block device."""
+    return os.lseek(file.fileno(), 0, os.SEEK_END)
+
+
+def read_at(file: Fd, buffer: bytearray | memoryview, offset: int) -> int:
+    """Read into a buffer. Raises Flaw `image-unreadable` for what the file's own filesystem or disk fails at."""
+    try:
+        return os.preadv(file.fileno(), [buffer], offset)
+    except OSError as error:
+        raise Flaw(
+            "image-unreadable", f"reading it failed at byte {offset}: {error.strerror}", "Look at its disk."
+        ) from error
+
+
+class _Hashing:
+    """SHA-256 on a thread of its own, beside the reading and writing: hashlib lets go of the GIL."""
+
+    __slots__ = ("_digest", "_free", "_full", "_thread")
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+        self._free: SimpleQueue[bytearray] = SimpleQueue()
+        self._full: SimpleQueue[memoryview | None] = SimpleQueue()
+        for _ in range(_BUFFERS):
+            self._free.put(bytearray(BLOCK))
+        self._thread = Thread(target=self._run, name="tuckctl-digest", daemon=True)
+
+    def _run(self) -> None:
+        while (block := self._full.get()) is not None:
+            self._digest.update(block)
+            self._free.put(block.obj)  # type: ignore[arg-type] - the bytearray that it is a view of
+
+    def buffer(self) -> bytearray:
+        """Return a buffer to read into; wait until one is free."""
+        return self._free.get()
+
+    def update(self, buffer: bytearray, count: int) -> None:
+        """Hand a buffer back, to be hashed as far as it is filled."""
+        self._full.put(memoryview(buffer)[:count])
+
+    def hexdigest(self) -> str:
+        """Return the digest of everything that was handed over."""
+        self._full.put(None)
+        self._thread.join()
+        return self._digest.hexdigest()
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self._full.put(None)
+        self._thread.join()
+
+
+def read_through(
+    file: Fd,
+    size: int,
+    what: str,
+    progress: Progress | None,
+    write: Callable[[bytearray, int, int], None] | None = None,
+) -> str:
+    """Read a file of `size` bytes to its end and return its SHA-256 in hex.
+
+    `write` is given each buffer, how many bytes of it count, and their offset. `progress` is told `what`.
+    Raises Flaw: `image-changing` where the file ends before, `image-unreadable`.
+    """
+    with _Hashing() as hashing:
+        offset = 0
+        while offset < size:
+            buffer = hashing.buffer()
+            count = read_at(file, buffer, offset)
+            if count == 0:
+                raise _changing()
+            if write is not None:
+                write(buffer, count, offset)
+            hashing.update(buffer, count)
+            offset += count
+            if progress is not None and (offset % PROGRESS_EVERY == 0 or offset == size):
+                progress(what, offset, size)
+        return hashing.hexdigest()
+
+
+def compute_digest(file: Fd, *, progress: Progress | None = None) -> str:
+    """Compute the SHA-256, in hex, of all that an open file or block device holds.
+
+    Raises Flaw: `image-changing`, `image-unreadable`.
+    """
+    before = Stamp.of(file)
+    digest = read_through(file, length(file), "digest", progress)
+    before.check(file)
+    return digest
+
+
+class DigestCache:
+    """STATE/digests: what each unchanged file's digest was.
+
+    An entry is believed while the inode's size and times are those that it records. None is written for a
+    file that changed less than two seconds before it was read: another change within one tick of the
+    filesystem's clock would not show in its times. That nothing can be read or written here fails nothing.
+    """
+
+    __slots__ = ("_state",)
+
+    def __init__(self, state: bytes) -> None:
+        self._state = state
+
+    def find(self, file: Fd) -> str | None:
+        """Return the digest of an unchanged regular file, or None when it is not known."""
+        with suppress(OSError, TuckError):
+            found = os.fstat(file.fileno())
+            if stat.S_ISREG(found.st_mode) and (directory := self._open(create=False)) is not None:
+                with directory:
+                    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+                    number = os.open(_name(found), flags, dir_fd=directory.fileno())
+                with Fd(number):
+                    entry = os.read(number, _LONGEST_ENTRY)
+                return _read_entry(entry, Stamp.of(file))
+        return None
+
+    def remember(self, file: Fd, stamp: Stamp, digest: str, *, read_at_ns: int) -> None:
+        """Record the digest that was read from `read_at_ns` (nanoseconds since the epoch) on, if that can be relied on.
+
+        `read_at_ns` may be in the future for a file that no one else can write to.
+        """
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or max(stamp.mtime_ns, stamp.ctime_ns) + _SETTLED_NS > read_at_ns:
+            return
+        entry = b"%d %d %d %s" % (stamp.size, stamp.mtime_ns, stamp.ctime_ns, digest.encode())
+        with suppress(OSError, TuckError):
+            directory = self._open(create=True)
+            if directory is not None:
+                with directory, Draft(directory, 0o600) as draft:
+                    os.write(draft.file.fileno(), b"%s %08x\n" % (entry, zlib.crc32(entry)))
+                    draft.publish(_name(found))
+
+    def _open(self, *, create: bool) -> Fd | None:
+        # The state directory itself is made when there is something to keep, never for the cache alone.
+        state = open_own_directory(self._state, create=False)
+        if state is None:
+            return None
+        with state:
+            return open_own_subdirectory(state, b"digests", create=create, shown=self._state + b"/digests")
+
+
+def now_ns() -> int:
+    """Return the time that file times are compared with, in ns since the epoch."""
+    return time.time_ns()
+
+
+def _name(found: os.stat_result) -> bytes:
+    return b"%x-%x" % (found.st_dev, found.st_ino)
+
+
+def _read_entry(entry: bytes, stamp: Stamp) -> str | None:
+    match = _ENTRY.fullmatch(entry)
+    if match is None or zlib.crc32(entry[: match.start(5) - 1]) != int(match[5], 16):
+        return None
+    recorded = Stamp(int(match[1]), int(match[2]), int(match[3]))
+    return match[4].decode("ascii") if recorded == stamp else None

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A file descriptor that has one owner."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+
+class Fd:
+    """Closes its descriptor when it is left or closed, once.
+
+    A descriptor on a mount keeps that mount busy: an owner that forgets to close is a bug, so
+    there is no closing by garbage collection.
+    """
+
+    __slots__ = ("_number",)
+
+    def __init__(self, number: int) -> None:
+        """Take ownership of an open descriptor."""
+        self._number = number
+
+    def fileno(self) -> int:
+        """Return the number; ValueError when it is closed."""
+        if self._number < 0:
+            msg = "this descriptor is closed"
+            raise ValueError(msg)
+        return self._number
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed or released."""
+        return self._number < 0
+
+    def path(self, name: bytes = b"") -> bytes:
+        """Return a path through /proc that leads to it, or to a name in it."""
+        return b"/proc/self/fd/%d" % self.fileno() + (b"/" + name if name else b"")
+
+    def release(self) -> int:
+        """Give the ownership away."""
+        number, self._number = self.fileno(), -1
+        return number
+
+    def close(self) -> None:
+        """Close it, if it still is open."""
+        if self._number >= 0:
+            os.close(self.release())
+
+    def __enter__(self) -> Self:
+        """Own it for the length of a block."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """Close it."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Show the number, or that it is closed."""
+        return f"Fd({self._number})" if self._number >= 0 else "Fd(closed)"

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work inside another mount namespace, on a thread of its own.
+
+setns(2) into a mount namespace needs a thread whose filesystem attributes are not shared, and
+unshare(2) changes its caller for good: a thread that ends after the work keeps both from the caller.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import TYPE_CHECKING, TypeVar
+
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.flags import Clone
+from tuckctl.kernel.syscalls import setns, unshare
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tuckctl.kernel.syscalls import Descriptor
+
+_T = TypeVar("_T")
+
+
+def on_thread(work: Callable[[], _T]) -> _T:
+    """Run work on a thread of its own with filesystem attributes of its own; raise what it raises."""
+    results: list[_T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            unshare(Clone.FS)
+            results.append(work())
+        except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="tuckctl-namespace")
+    thread.start()
+    thread.join()
+    if failures:
+        raise failures[0]
+    return results[0]
+
+
+def in_namespace(namespace: Descriptor, work: Callable[[], _T]) -> _T:
+    """Run work inside a mount namespace."""
+
+    def enter() -> _T:
+        setns(namespace, Clone.NEWNS)
+        return work()
+
+    return on_thread(enter)
+
+
+def in_copy(work: Callable[[], _T], *, directory: Descriptor | None = None) -> _T:
+    """Run work in a fresh copy of this mount namespace, gone when it ends.
+
+    The working directory there is `directory`'s counterpart in the copy: unshare(2) carries over the
+    current directory, even where other mounts cover it.
+    """
+
+    def enter() -> _T:
+        if directory is not None:
+            os.fchdir(directory if isinstance(directory, int) else directory.fileno())
+        unshare(Clone.NEWNS)
+        return work()
+
+    return on_thread(enter)
+
+
+def own_namespace() -> Fd:
+    """Open the mount namespace of the calling thread."""
+    return Fd(os.open("/proc/thread-self/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))

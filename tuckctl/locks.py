@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One transaction at a time on a target, and none while kept images are being dropped."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import time
+from typing import TYPE_CHECKING
+
+from tuckctl.errors import LockedError
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.syscalls import show
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_FIRST_WAIT = 0.002
+_LONGEST_WAIT = 0.1
+
+
+def _try(fd: int, *, shared: bool) -> bool:
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def take(fd: int, deadline: float, target: bytes, *, shared: bool = False) -> None:
+    """Lock an open file, waiting until the deadline on the monotonic clock; a dead holder's lock is none (flock(2))."""
+    pause = _FIRST_WAIT
+    while not _try(fd, shared=shared):
+        if time.monotonic() + pause > deadline:
+            raise LockedError(
+                "target-locked",
+                f"{show(target)}: another transaction held it until the deadline",
+                "try again later, or give a longer --timeout",
+            )
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_WAIT)
+
+
+@contextlib.contextmanager
+def locked(path: bytes, deadline: float, target: bytes, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock of a file, made when missing, for the length of a block."""
+    with Fd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
+        take(file.fileno(), deadline, target, shared=shared)
+        yield
+
+
+@contextlib.contextmanager
+def alone(path: bytes) -> Iterator[bool]:
+    """Hold a file's lock exclusively if no one else does; say whether it is held."""
+    with Fd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
+        yield _try(file.fileno(), shared=False)

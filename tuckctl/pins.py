@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An adopted overlay, kept mounted out of sight until the next swap or boot: it cannot be made again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from tuckctl.errors import KernelError
+from tuckctl.generations import key_of, prepare_directory
+from tuckctl.kernel.flags import AT_FDCWD, Propagation, Umount
+from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount, open_tree, umount2
+
+if TYPE_CHECKING:
+    from tuckctl.kernel.fd import Fd
+
+
+def _place(run: bytes, target: bytes) -> bytes:
+    return os.path.join(run, b"pins", key_of(target).encode())
+
+
+def _is_mounted(path: bytes) -> bool:
+    try:
+        return mount_id(AT_FDCWD, path) != mount_id(AT_FDCWD, os.path.dirname(path))
+    except KernelError:
+        return False
+
+
+def pin(run: bytes, target: bytes, overlay: Fd) -> None:
+    """Keep a detached clone of an overlay, in this namespace alone: its parent is private."""
+    place = _place(run, target)
+    folder = os.path.dirname(place)
+    prepare_directory(folder)
+    prepare_directory(place)
+    if not _is_mounted(folder):
+        with open_tree(AT_FDCWD, folder, clone=True) as itself:
+            mount_setattr(itself, propagation=Propagation.PRIVATE)
+            move_mount(itself, AT_FDCWD, folder)
+            mount_setattr(AT_FDCWD, folder, propagation=Propagation.PRIVATE)
+    mount_setattr(overlay, propagation=Propagation.PRIVATE)
+    move_mount(overlay, AT_FDCWD, place)
+
+
+def pinned(run: bytes, target: bytes) -> Fd | None:
+    """Return a detached clone of the pinned overlay, or None when there is none."""
+    place = _place(run, target)
+    return open_tree(AT_FDCWD, place, clone=True) if _is_mounted(place) else None
+
+
+def unpin(run: bytes, target: bytes) -> None:
+    """Let go of a target's pinned overlay."""
+    place = _place(run, target)
+    if not _is_mounted(place):
+        return
+    umount2(place, Umount.DETACH)
+    folder = os.path.dirname(place)
+    with contextlib.suppress(OSError):
+        os.rmdir(place)
+    if not os.listdir(folder) and _is_mounted(folder):
+        umount2(folder, Umount.DETACH)

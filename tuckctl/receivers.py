@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every mount of a target's content in every mount namespace: observed, and compared before and after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tuckctl.errors import KernelError
+from tuckctl.kernel.syscalls import Match, Mount, find_mounts, list_namespaces, show
+from tuckctl.kernel.threads import own_namespace
+from tuckctl.processes import by_namespace, owner_of
+from tuckctl.results import Receiver
+from tuckctl.target import look
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """What one walk over all namespaces saw: the mounts of some superblocks, and what it could not look into."""
+
+    matches: tuple[Match, ...]
+    unseen: int
+
+    def of(self, device: tuple[int, int]) -> list[Match]:
+        """Return the mounts of one superblock."""
+        return [match for match in self.matches if match.device == device]
+
+
+def observe(devices: Iterable[tuple[int, int]], after: int = 0) -> Sight:
+    """Find the mounts of these superblocks in every namespace, those without a process too."""
+    with own_namespace() as here:
+        matches, unseen = find_mounts(list_namespaces(here), tuple(dict.fromkeys(devices)), after)
+    return Sight(tuple(matches), unseen)
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """After the tuck: which copies of old have new right beneath them, and which do not."""
+
+    follow: tuple[Match, ...]
+    stale: tuple[Match, ...]
+    alone: tuple[Match, ...]
+    """Copies of new that have no copy of old on top."""
+    unseen: int
+
+
+def arrival(sight: Sight, old: tuple[Match, ...], new_device: tuple[int, int]) -> Arrival:
+    """Compare the copies of old with those of new: arrival is that old's parent is new."""
+    new = {match.mount_id: match for match in sight.of(new_device)}
+    follow = tuple(match for match in old if match.parent_id in new)
+    covered = {match.parent_id for match in follow}
+    return Arrival(
+        follow,
+        tuple(match for match in old if match.parent_id not in new),
+        tuple(match for match in new.values() if match.mount_id not in covered),
+        sight.unseen,
+    )
+
+
+def reason_of(match: Match, target: bytes) -> str:
+    """Say why propagation does not carry the tuck to this copy."""
+    try:
+        mount = look(match.mount_id, match.namespace_id)
+    except KernelError:
+        return "unreachable"
+    if mount.root != b"/" or mount.point != target:
+        return "bind"
+    try:
+        parent = look(match.parent_id, match.namespace_id)
+    except KernelError:
+        return "unreachable"
+    return "private" if not parent.peer_group and not parent.master else "own-submount"
+
+
+def describe(
+    matches: Iterable[Match], *, state: str, generation: int | None, target: bytes | None = None
+) -> tuple[Receiver, ...]:
+    """Turn mounts into receivers, with the processes of each namespace and who answers for them.
+
+    Where `target` is given, each gets the reason why it was left out.
+    """
+    processes: dict[int, list[int]] | None = None
+    found = []
+    for match in matches:
+        if processes is None:
+            processes = by_namespace()
+        try:
+            mount: Mount = look(match.mount_id, match.namespace_id)
+        except KernelError:
+            continue  # its namespace is gone, and with it the receiver
+        pids = tuple(sorted(processes.get(match.namespace_inode, ())))
+        owner = owner_of(pids[0]) if pids else None
+        found.append(
+            Receiver(
+                match.namespace_inode,
+                mount.point,
+                mount.root,
+                state,
+                generation,
+                reason_of(match, target) if target is not None else None,
+                (),
+                pids,
+                owner.unit if owner else None,
+                owner.container if owner else None,
+            )
+        )
+    return tuple(found)
+
+
+def remedies(receivers: Iterable[Receiver]) -> str:
+    """Say what would bring these receivers along, in a sentence."""
+    names = []
+    for receiver in receivers:
+        who = receiver.unit or receiver.container or ", ".join(f"pid {pid}" for pid in receiver.pids[:3])
+        names.append(f"{show(receiver.path)} in namespace {receiver.namespace} ({who or 'no process'})")
+    return "restart what lives in: " + "; ".join(names)

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The facts about one target: what is mounted on it, what lies around it, what is mounted below it.
+
+Everything is found from an open descriptor of the directory that holds the target, so that nobody
+who renames a directory or plants a symlink later can lead the work elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tuckctl.errors import KernelError, RefusedError
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Resolve, StatMount, Umount
+from tuckctl.kernel.syscalls import (
+    Mount,
+    listmount,
+    mount_id,
+    mount_setattr,
+    open_tree,
+    openat2,
+    setns,
+    show,
+    statmount,
+    umount2,
+)
+from tuckctl.kernel.threads import in_copy, own_namespace
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+_ALL = (
+    StatMount.SB_BASIC
+    | StatMount.MNT_BASIC
+    | StatMount.MNT_ROOT
+    | StatMount.MNT_POINT
+    | StatMount.FS_TYPE
+    | StatMount.MNT_NS_ID
+    | StatMount.SB_SOURCE
+)
+
+
+def look(identity: int, namespace_id: int = 0) -> Mount:
+    """Tell everything of one mount."""
+    return statmount(identity, _ALL, namespace_id)
+
+
+@dataclass(slots=True)
+class Target:
+    """A directory whose content is to be replaced; owns a descriptor of the directory around it."""
+
+    path: bytes
+    parent: Fd
+    name: bytes
+    around: Mount
+    """The mount that holds the target's directory."""
+    stack: tuple[Mount, ...]
+    """What is mounted on the target, lowest first."""
+
+    @property
+    def top(self) -> Mount | None:
+        """The mount that is seen, or None for a bare directory."""
+        return self.stack[-1] if self.stack else None
+
+    @property
+    def place(self) -> bytes:
+        """A path to the target that no rename and no symlink can divert."""
+        return self.parent.path(self.name)
+
+    def top_id(self) -> int:
+        """Return the unique id of the mount that is seen at the target now."""
+        return mount_id(self.parent, self.name)
+
+    def refreshed(self) -> Target:
+        """Look again at what is mounted here; the descriptor stays shared with this object."""
+        around, stack = _stack(self.parent, self.name)
+        return Target(self.path, self.parent, self.name, around, stack)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        self.parent.close()
+
+    def __enter__(self) -> Self:
+        """Own it for the length of a block."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+        """Close it."""
+        self.close()
+
+
+def _stack(parent: Fd, name: bytes) -> tuple[Mount, tuple[Mount, ...]]:
+    around = mount_id(parent)
+    mounts = []
+    here = mount_id(parent, name)
+    while here != around:
+        mounts.append(look(here))
+        here = mounts[-1].parent_id
+    return look(around), tuple(reversed(mounts))
+
+
+def _refuse_missing(path: bytes, error: OSError) -> RefusedError:
+    if error.errno == errno.ENOENT:
+        return RefusedError("target-missing", f"{show(path)}: no such directory", "create the directory first")
+    return RefusedError("target-unreachable", f"{show(path)}: {os.strerror(error.errno or 0).lower()}")
+
+
+def resolve(path: bytes) -> bytes:
+    """Return the target's real path: symlinks are resolved here, once. Raises RefusedError."""
+    if not path or b"\0" in path:
+        raise RefusedError("target-missing", "the target's name is empty or holds a NUL", "name a directory")
+    if not path.startswith(b"/"):
+        try:
+            path = os.path.join(os.getcwdb(), path)
+        except FileNotFoundError as error:
+            raise RefusedError(
+                "target-relative-to-nothing",
+                f"{show(path)}: the working directory is gone, a relative path leads nowhere",
+                "give an absolute path",
+            ) from error
+    try:
+        real = os.path.realpath(path, strict=True)
+        mode = os.stat(real, follow_symlinks=False).st_mode
+    except OSError as error:
+        raise _refuse_missing(path, error) from error
+    except ValueError as error:
+        raise RefusedError("target-missing", f"{show(path)}: {error}") from error
+    if real == b"/":
+        raise RefusedError("target-is-root", "the root directory cannot be a target", "name a directory in it")
+    if not stat.S_ISDIR(mode):
+        raise RefusedError("target-not-a-directory", f"{show(path)} is not a directory", "name a directory")
+    return real
+
+
+def _refuse_unsafe(real: bytes) -> None:
+    """Refuse a path on which others could put something else in the target's place."""
+    at = os.path.dirname(real)
+    while True:
+        mode = os.stat(at).st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise RefusedError(
+                "unsafe-path",
+                f"{show(real)}: anyone may write to {show(at)}, which has no sticky bit",
+                f"chmod o-w {show(at)}, or set its sticky bit",
+            )
+        if at == b"/":
+            return
+        at = os.path.dirname(at)
+
+
+def open_target(path: bytes) -> Target:
+    """Open a target and look at its mounts. Raises RefusedError where it can never be a target."""
+    real = resolve(path)
+    _refuse_unsafe(real)
+    parent_path, name = os.path.split(real)
+    try:
+        parent = openat2(AT_FDCWD, parent_path, os.O_PATH | os.O_DIRECTORY, Resolve.NO_SYMLINKS)
+    except KernelError as error:
+        raise RefusedError("target-unreachable", str(error), "see that nothing moves the directory") from error
+    try:
+        around, stack = _stack(parent, name)
+    except BaseException:
+        parent.close()
+        raise
+    return Target(real, parent, name, around, stack)
+
+
+def submounts(target: Target) -> list[Mount]:
+    """List what is mounted below the target, as it is seen, parents before their children."""
+    holder = target.top or target.around
+    below = target.path + b"/"
+    found = [look(identity) for identity in listmount(holder.id)]
+    if target.top is None:
+        found = [mount for mount in found if mount.point.startswith(below)]
+    return sorted(found, key=lambda mount: mount.point.count(b"/"))
+
+
+def open_base(target: Target, covering: int) -> Fd:
+    """Open the bare directory or filesystem beneath the topmost `covering` mounts of the target.
+
+    Returns an O_PATH descriptor's owner on a detached copy of what lies there: while an overlay is
+    mounted, the path leads to the overlay, and an overlay built on that would keep its predecessor
+    for ever.
+    """
+    base_depth = len(target.stack) - covering
+    if base_depth == 0:
+        return open_tree(target.parent, clone=True)
+    if covering == 0:
+        return open_tree(target.parent, target.name, clone=True)
+
+    def uncover() -> Fd:
+        with Fd(os.open(".", os.O_PATH | os.O_DIRECTORY)) as here, own_namespace() as copy:
+            setns(copy, Clone.NEWNS)  # out of a chroot: "/" is a mount's root now
+            os.fchdir(here.fileno())
+        mount_setattr(AT_FDCWD, b"/", propagation=Propagation.PRIVATE, recursive=True)
+        for _ in range(covering):
+            umount2(target.name, Umount.DETACH)
+        return open_tree(AT_FDCWD, target.name, clone=True)
+
+    return in_copy(uncover, directory=target.parent)
+
+
+def base_directory(target: Target, tree: Fd, covering: int) -> Fd:
+    """Open the base directory itself in what open_base returned."""
+    bare = len(target.stack) == covering
+    return openat2(tree, target.name if bare else b".", os.O_RDONLY | os.O_DIRECTORY, Resolve.NO_SYMLINKS)

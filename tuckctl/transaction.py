@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Swap, rollback and detach, each readable as its own summary."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from tuckctl import holding
+from tuckctl import pins
+from tuckctl.carry import gather
+from tuckctl.course import Course, begin
+from tuckctl.errors import FailedError, KernelError, PartialError, RefusedError, TuckError, UsageError
+from tuckctl.exchange import Exchange, Revealed, run, take_off
+from tuckctl.generations import Current, Generation, ImageRecord
+from tuckctl.images import Image, Store, mount_image, open_image, reopen_image
+from tuckctl.kernel.flags import AT_FDCWD
+from tuckctl.kernel.syscalls import open_tree, openat2, show
+from tuckctl.locks import locked
+from tuckctl.overlay import Overlay, assemble, source_file_name, source_name
+from tuckctl.places import Places
+from tuckctl.plan import BUSY, attributes, option_names, parse_options, refuse_layers
+from tuckctl.prune import prune
+from tuckctl.receivers import describe, observe, remedies
+from tuckctl.results import Holder, TargetResult, TransactionResult, infos
+from tuckctl.scene import Scene, lock_base, open_scene, refuse_image
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from tuckctl.carry import Carriage
+    from tuckctl.images import Progress
+    from tuckctl.kernel.fd import Fd
+    from tuckctl.kernel.flags import MountAttr
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks for; None means as before. The timeout is in seconds."""
+
+    images: tuple[bytes, ...] = ()
+    busy: str = "lazy"
+    timeout: float = 30.0
+    base: bytes | None = None
+    options: str | None = None
+    in_place: bool = False
+    adopt: bool = False
+    sha256: tuple[str, ...] = ()
+    keep: int = 5
+    to: int | None = None
+    progress: Progress | None = None
+
+
+def check_request(request: Request) -> None:
+    """Refuse what makes no sense whatever the machine looks like. Raises UsageError."""
+    if request.busy not in BUSY:
+        raise UsageError("unknown-value", f"--busy {request.busy}: it is one of {', '.join(BUSY)}")
+    if not request.timeout >= 0:
+        raise UsageError("unknown-value", f"--timeout {request.timeout}: it is a number of seconds, 0 or more")
+    if request.keep < 1:
+        raise UsageError("unknown-value", f"--keep {request.keep}: at least 1 generation is kept")
+    if request.sha256 and len(request.sha256) != len(request.images):
+        raise UsageError(
+            "digest-count",
+            f"{len(request.sha256)} digests for {len(request.images)} images",
+            "give one --sha256 for each image",
+        )
+    if request.options is not None:
+        parse_options(request.options)
+
+
+def swap(path: bytes, request: Request) -> TransactionResult:
+    """Replace the target's content by these images over base."""
+    check_request(request)
+    places = Places.from_environment()
+    deadline = time.monotonic() + request.timeout
+    with begin("swap", path) as course, contextlib.ExitStack() as stack:
+        scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
+        base = _base_of(request, scene)
+        refuse_layers(len(request.images), base)
+        flags = attributes(scene.target, scene.live, request.options)
+        bottom = stack.enter_context(lock_base(scene, deadline))
+        images = _open_images(stack, course, scene, request, places, deadline, bottom)
+        if _unchanged(scene, images, flags, base):
+            return _report_unchanged(course, scene)
+        scene = _adopt(scene, course)
+        generation = Generation(
+            scene.records.next_number(),
+            scene.target.path,
+            tuple(ImageRecord(image.path, image.format, image.sha256, image.kept) for image in images),
+            option_names(flags),
+            base,
+            _now(),
+            course.transaction,
+            "pending",
+        )
+        course.enter("assemble")
+        carriage = stack.enter_context(gather(scene.target))
+        new = _mount_content(stack, images, base, bottom, generation.number, flags, scene, places)
+        scene.records.write(generation)
+        try:
+            result = _exchange(course, scene, new, carriage, generation, request.busy, deadline, places)
+        except PartialError:
+            raise
+        except BaseException as error:
+            with contextlib.suppress(TuckError):
+                scene.records.write(replace(generation, outcome=getattr(error, "outcome", "undone")))
+            raise
+    prune(places, scene.target.path, request.keep)
+    return result
+
+
+def rollback(path: bytes, request: Request) -> TransactionResult:
+    """Bring back the generation that was live before, or a given one, by the same tuck."""
+    check_request(request)
+    places = Places.from_environment()
+    deadline = time.monotonic() + request.timeout
+    with begin("rollback", path) as course, contextlib.ExitStack() as stack:
+        scene = stack.enter_context(open_scene(places, path, deadline, adopt=False))
+        generation = _generation_to(scene, request.to)
+        flags = parse_options(",".join(generation.options))[0]
+        bottom = stack.enter_context(lock_base(scene, deadline))
+        course.enter("images")
+        stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
+        if generation.number == scene.live.generation:
+            return _report_unchanged(course, scene)
+        if generation.adopted:
+            new = pins.pinned(places.run, scene.target.path)
+            if new is None:
+                raise RefusedError(
+                    "adopted-overlay-gone",
+                    f"generation {generation.number} was an overlay that tuckctl did not make, and it is mounted no more",
+                    f"tuckctl history {show(scene.target.path)} shows what else there is",
+                )
+            stack.enter_context(new)
+        else:
+            store = Store(places.state)
+            images = [stack.enter_context(_reopen(image, store, request)) for image in generation.images]
+            course.enter("assemble")
+            new = _mount_content(stack, images, generation.base, bottom, generation.number, flags, scene, places)
+        carriage = stack.enter_context(gather(scene.target))
+        return _exchange(course, scene, new, carriage, generation, request.busy, deadline, places)
+
+
+def detach(path: bytes, request: Request) -> TransactionResult:
+    """Take the overlay off: base is seen again, in one step."""
+    check_request(request)
+    places = Places.from_environment()
+    deadline = time.monotonic() + request.timeout
+    with begin("detach", path) as course, contextlib.ExitStack() as stack:
+        scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
+        target, old = scene.target, scene.live.old
+        if old is None:
+            return course.result("unchanged", TargetResult(target.path, None, _previous(scene), None))
+        stack.enter_context(lock_base(scene, deadline))
+        scene = _adopt(scene, course)
+        revealed = take_off(target, old, request.busy, deadline, course.enter)
+        course.enter("record")
+        pins.unpin(places.run, target.path)
+        before = scene.live.generation
+        _record(course, scene, Current(None, before, scene.boot_id, scene.namespace, 0))
+        holders = _note_holders(scene, revealed, places)
+        stale = describe(revealed.stale, state="stale", generation=before, target=target.path)
+        result = TargetResult(target.path, None, before, None, (), stale, revealed.unseen, holders)
+        return _conclude(course, result, stale, revealed.unseen)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _previous(scene: Scene) -> int | None:
+    """Return the generation that the next one will have had before it."""
+    if scene.live.generation is not None:
+        return scene.live.generation
+    return (scene.current.generation or scene.current.previous) if scene.current else None
+
+
+def _base_of(request: Request, scene: Scene) -> bytes:
+    if request.base is not None:
+        if request.base in (b"under", b"none"):
+            return request.base
+        return os.path.join(os.getcwdb(), request.base)
+    recorded = scene.records.get(scene.live.generation) if scene.live.generation is not None else None
+    return recorded.base if recorded is not None else b"under"
+
+
+def _open_images(
+    stack: contextlib.ExitStack,
+    course: Course,
+    scene: Scene,
+    request: Request,
+    places: Places,
+    deadline: float,
+    bottom: Fd,
+) -> list[Image]:
+    paths = [os.path.join(os.getcwdb(), image) for image in request.images]
+    for path in paths:
+        refuse_image(path, scene, bottom)
+    course.enter("images")
+    stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
+    store = Store(places.state)
+    digests = request.sha256 or (None,) * len(paths)
+    images = []
+    for path, digest in zip(paths, digests, strict=True):
+        image = open_image(path, store=store, in_place=request.in_place, sha256=digest, progress=request.progress)
+        images.append(stack.enter_context(image))
+        if image.format == "directory":
+            course.warn(
+                "directory-image",
+                f"{show(path)} is a directory: what changes in it changes the target's content at once",
+                "make an image of it",
+            )
+    return images
+
+
+def _reopen(image: ImageRecord, store: Store, request: Request) -> Image:
+    """Open an image of a generation on record: its kept copy, or, unchanged, the file where it lies."""
+    if image.kept and image.sha256 is not None:
+        kept = reopen_image(image.path, image.sha256, store=store)
+        if kept is None:
+            raise RefusedError(
+                "image-gone", f"the kept copy of {show(image.path)} ({image.sha256}) is gone", "swap to the image again"
+            )
+        return kept
+    return open_image(image.path, store=store, in_place=True, sha256=image.sha256, progress=request.progress)
+
+
+def _mount_content(
+    stack: contextlib.ExitStack,
+    images: Sequence[Image],
+    base: bytes,
+    bottom: Fd,
+    number: int,
+    flags: MountAttr,
+    scene: Scene,
+    places: Places,
+) -> Fd:
+    """Mount the images over base, detached; a single image without base is itself the content."""
+    target = scene.target.path
+    if base == b"none" and len(images) == 1:
+        name = source_file_name(target, number)
+        mount = mount_image(images[0], attributes=flags, source=name, scratch=places.scratch)
+        return stack.enter_context(mount)
+    layers = [stack.enter_context(mount_image(image, scratch=places.scratch)) for image in images]
+    if base == b"under":
+        layers.append(bottom)
+    elif base != b"none":
+        try:
+            layers.append(stack.enter_context(openat2(AT_FDCWD, base, os.O_PATH | os.O_DIRECTORY)))
+        except KernelError as error:
+            why = os.strerror(error.errno).lower()
+            raise RefusedError("base-missing", f"{show(base)}: {why}", "--base takes under, none or a directory") from error
+    try:
+        return stack.enter_context(assemble(Overlay(tuple(layers), source_name(target, number), flags)))
+    except KernelError as error:
+        raise FailedError(
+            "assembly-failed",
+            f"{show(target)}: the kernel does not stack these images: {error.message}",
+            "its log may say more; overlays can be stacked twice, not three times",
+        ) from error
+
+
+def _unchanged(scene: Scene, images: Sequence[Image], flags: MountAttr, base: bytes) -> bool:
+    """Whether the live generation has just these images, flags and base; of a directory one never knows."""
+    live = scene.live
+    recorded = scene.records.get(live.generation) if live.generation is not None else None
+    return (
+        recorded is not None
+        and live.old is not None
+        and not recorded.adopted
+        and recorded.base == base
+        and live.old.attributes == flags
+        and [image.sha256 for image in recorded.images] == [image.sha256 for image in images]
+        and all(image.sha256 is not None for image in images)
+    )
+
+
+def _report_unchanged(course: Course, scene: Scene) -> TransactionResult:
+    old, generation = scene.live.old, scene.live.generation
+    recorded = scene.records.get(generation) if generation is not None else None
+    sight = observe([old.device]) if old is not None else None
+    receivers = describe(sight.matches if sight else (), state="updated", generation=generation)
+    previous = scene.current.previous if scene.current else None
+    images = infos(recorded.images if recorded else ())
+    identity = old.id if old else None
+    unseen = sight.unseen if sight else 0
+    result = TargetResult(scene.target.path, generation, previous, identity, images, receivers, unseen)
+    return course.result("unchanged", result)
+
+
+def _generation_to(scene: Scene, number: int | None) -> Generation:
+    wanted = number
+    if wanted is None:
+        current = scene.current
+        wanted = current.previous if current is not None else None
+    where = show(scene.target.path)
+    if wanted is None:
+        raise RefusedError("no-generation", f"{where} has no generation to go back to", f"tuckctl history {where}")
+    generation = scene.records.get(wanted)
+    if generation is None:
+        raise RefusedError("no-generation", f"{where} has no generation {wanted} on record", f"tuckctl history {where}")
+    return generation
+
+
+def _adopt(scene: Scene, course: Course) -> Scene:
+    """Put a foreign overlay on record as a generation, so that there is a way back to it."""
+    live = scene.live
+    if not live.adopted or live.generation is not None or live.old is None:
+        return scene
+    number = scene.records.next_number()
+    source = ImageRecord(live.old.source, live.old.fstype, None, kept=False)
+    options = option_names(live.old.attributes)
+    scene.records.write(
+        Generation(
+            number, scene.target.path, (source,), options, b"under", _now(), course.transaction, "adopted", adopted=True
+        )
+    )
+    return replace(scene, live=replace(live, generation=number))
+
+
+def _exchange(
+    course: Course,
+    scene: Scene,
+    new: Fd,
+    carriage: Carriage,
+    generation: Generation,
+    busy: str,
+    deadline: float,
+    places: Places,
+) -> TransactionResult:
+    """Tuck, verify, reveal, record."""
+    target, live = scene.target, scene.live
+    exchange = Exchange(target, live.old, new, carriage)
+    carriage.attach(new, parent_shared=exchange.parent_shared)
+    with contextlib.ExitStack() as stack:
+        keepsake = stack.enter_context(open_tree(target.parent, target.name, clone=True)) if live.adopted else None
+        revealed = run(exchange, busy, deadline, course.enter)
+        course.enter("record")
+        if keepsake is not None or generation.adopted or course.command == "swap":
+            pins.unpin(places.run, target.path)
+        if keepsake is not None:
+            pins.pin(places.run, target.path, keepsake)
+    if generation.outcome == "pending":
+        generation = replace(generation, outcome="swapped")
+    identity = revealed.mount_id
+    current = Current(generation.number, _previous(scene), scene.boot_id, scene.namespace, identity)
+    _record(course, scene, current, generation)
+    receivers = describe(revealed.receivers, state="updated", generation=generation.number)
+    stale = describe(revealed.stale, state="stale", generation=live.generation, target=target.path)
+    result = TargetResult(
+        target.path,
+        generation.number,
+        current.previous,
+        identity,
+        infos(generation.images),
+        receivers + stale,
+        revealed.unseen,
+        _note_holders(scene, revealed, places),
+    )
+    return _conclude(course, result, stale, revealed.unseen)
+
+
+def _record(course: Course, scene: Scene, current: Current, generation: Generation | None = None) -> None:
+    """Record what is live now; it is too late to go back, so a failure is told and no more."""
+    try:
+        if generation is not None:
+            scene.records.write(generation)
+        scene.records.make_current(current)
+    except TuckError as error:
+        late = PartialError("not-recorded", f"the new content is live, but could not be recorded: {error}", error.hint)
+        late.result = course.result(late.outcome, None, late)
+        raise late from error
+
+
+def _conclude(course: Course, result: TargetResult, stale: Sequence[object], unseen: int) -> TransactionResult:
+    """Make the document; raise PartialError with it where someone was left behind."""
+    if not stale and not unseen:
+        return course.result("swapped", result)
+    where = show(result.target)
+    if stale:
+        left = [receiver for receiver in result.receivers if receiver.state == "stale"]
+        message = f"{where}: done, but {len(left)} receivers still see the content before"
+        error = PartialError("receivers-left-behind", message, remedies(left))
+    else:
+        message = f"{where}: done, but {unseen} namespaces could not be looked into"
+        error = PartialError("namespaces-unseen", message, "run it with the rights to see them")
+    error.result = course.result(error.outcome, result, error)
+    raise error
+
+
+def _note_holders(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder, ...]:
+    """Find who still uses what was taken off, and remember those mounts for later questions."""
+    if not revealed.replaced:
+        return ()
+    old, target = scene.live.old, scene.target.path
+    known = holding.read_replaced(places.of(target))
+    ids = dict.fromkeys((*known.mount_ids, *revealed.replaced))
+    devices = dict.fromkeys((*known.devices, *([old.device] if old is not None and old.root == b"/" else [])))
+    found = holding.find(target, tuple(ids), tuple(devices))
+    kept = holding.Replaced(tuple(ids), tuple(devices)) if found else holding.Replaced()
+    if found or known.mount_ids:
+        holding.write_replaced(places.of(target), kept)
+    return found
