@@ -30,6 +30,16 @@ class TuckError(Exception):
         self.hint = hint
         self.result: Any = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle it whole: a worker process may have to hand it over."""
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[TuckError], args: tuple[Any, ...], state: dict[str, Any]) -> TuckError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(state)
+    return error
+
 
 class FailedError(TuckError):
     """It failed, and everything is as it was."""

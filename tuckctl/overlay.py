@@ -39,24 +39,22 @@ def source_name(target: bytes, generation: int) -> bytes:
     return b"tuckctl:%s@%d" % (target, generation)
 
 
-def source_file_name(target: bytes, generation: int) -> bytes:
-    """Return the same as a file's name, for an image that is mounted without an overlay."""
-    return source_name(target, generation).replace(b"/", b"-")
+def _said(source: bytes) -> re.Match[bytes] | None:
+    """Read a source: the name itself, or the path of a file with that name, in which / and % are escaped."""
+    last = source.rsplit(b"/", 1)[-1].replace(b"%2F", b"/").replace(b"%25", b"%")
+    return _SOURCE.fullmatch(source) or _SOURCE.fullmatch(last)
 
 
 def generation_of(source: bytes, target: bytes) -> int | None:
     """Return the generation that a mount's source names, if it is one of this target's."""
-    match = _SOURCE.fullmatch(source) or _SOURCE.fullmatch(source.rsplit(b"/", 1)[-1])
-    if match is None:
-        return None
-    generation = int(match["generation"])
-    names = (source_name(target, generation), source_file_name(target, generation))
-    return generation if match[0] in names else None
+    match = _said(source)
+    generation = int(match["generation"]) if match else 0
+    return generation if match and match[0] == source_name(target, generation) else None
 
 
 def is_ours(source: bytes) -> bool:
     """Whether a source has the form that tuckctl gives, for whatever target."""
-    return bool(_SOURCE.fullmatch(source) or _SOURCE.fullmatch(source.rsplit(b"/", 1)[-1]))
+    return _said(source) is not None
 
 
 def assemble(overlay: Overlay) -> Fd:

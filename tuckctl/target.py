@@ -15,20 +15,18 @@ from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError, RefusedError
 from tuckctl.kernel.fd import Fd
-from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Resolve, StatMount, Umount
+from tuckctl.kernel.flags import AT_FDCWD, Resolve, StatMount, Umount
 from tuckctl.kernel.syscalls import (
     Mount,
     listmount,
     mount_id,
-    mount_setattr,
     open_tree,
     openat2,
-    setns,
     show,
     statmount,
     umount2,
 )
-from tuckctl.kernel.threads import in_copy, own_namespace
+from tuckctl.kernel.threads import in_private_copy
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -194,15 +192,11 @@ def open_base(target: Target, covering: int) -> Fd:
         return open_tree(target.parent, target.name, clone=True)
 
     def uncover() -> Fd:
-        with Fd(os.open(".", os.O_PATH | os.O_DIRECTORY)) as here, own_namespace() as copy:
-            setns(copy, Clone.NEWNS)  # out of a chroot: "/" is a mount's root now
-            os.fchdir(here.fileno())
-        mount_setattr(AT_FDCWD, b"/", propagation=Propagation.PRIVATE, recursive=True)
         for _ in range(covering):
             umount2(target.name, Umount.DETACH)
         return open_tree(AT_FDCWD, target.name, clone=True)
 
-    return in_copy(uncover, directory=target.parent)
+    return in_private_copy(uncover, directory=target.parent)
 
 
 def base_directory(target: Target, tree: Fd, covering: int) -> Fd:

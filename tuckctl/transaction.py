@@ -21,7 +21,7 @@ from tuckctl.images import Image, Store, mount_image, open_image, reopen_image
 from tuckctl.kernel.flags import AT_FDCWD
 from tuckctl.kernel.syscalls import open_tree, openat2, show
 from tuckctl.locks import locked
-from tuckctl.overlay import Overlay, assemble, source_file_name, source_name
+from tuckctl.overlay import Overlay, assemble, source_name
 from tuckctl.places import Places
 from tuckctl.plan import BUSY, attributes, option_names, parse_options, refuse_layers
 from tuckctl.prune import prune
@@ -243,7 +243,7 @@ def _mount_content(
     """Mount the images over base, detached; a single image without base is itself the content."""
     target = scene.target.path
     if base == b"none" and len(images) == 1:
-        name = source_file_name(target, number)
+        name = source_name(target, number)
         mount = mount_image(images[0], attributes=flags, source=name, scratch=places.scratch)
         return stack.enter_context(mount)
     layers = [stack.enter_context(mount_image(image, scratch=places.scratch)) for image in images]

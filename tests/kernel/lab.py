@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -103,6 +104,7 @@ def traces() -> dict[str, set[Any]]:
         "mounts": {line for line in mount_lines() if b"tuckctl" in line or b"pytest" in line},
         "loop devices": set(loop_devices().items()),
         "processes": set(children()),
+        "threads": set(threading.enumerate()),
         "open files": set(open_files().items()),
         "files": {name for place in _PLACES for name in os.listdir(place) if name.startswith("tuckctl")},
     }
@@ -124,14 +126,19 @@ def _own_mounts() -> None:
     mount_setattr(AT_FDCWD, b"/", propagation=Propagation.PRIVATE, recursive=True)
 
 
+def become_nobody() -> None:
+    """Give up root and all capabilities for good."""
+    os.setgroups([])
+    os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+    os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+    # Changing uid takes /proc/self/uid_map away from us, and the parent's death signal as well.
+    _prctl(_PR_SET_DUMPABLE, 1)
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _own_users() -> None:
     if os.geteuid() == 0:
-        os.setgroups([])
-        os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-        os.setresuid(_NOBODY, _NOBODY, _NOBODY)
-        # Changing uid takes /proc/self/uid_map away from us, and the parent's death signal as well.
-        _prctl(_PR_SET_DUMPABLE, 1)
-        _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        become_nobody()
     user, group = os.geteuid(), os.getegid()
     unshare(Clone.NEWUSER | Clone.NEWNS)
     Path("/proc/self/setgroups").write_text("deny", "ascii")
@@ -209,3 +216,25 @@ def _end_children() -> list[str]:
             with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
     return left
+
+
+def deny_syscall(number: int, error: int = 38) -> None:
+    """Make one system call fail for the rest of this process, as on a kernel that lacks it (seccomp(2), BPF)."""
+    ld_syscall, jump_if_equal, give, allow, fail = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000
+
+    class Instruction(ctypes.Structure):
+        _fields_ = (("code", ctypes.c_ushort), ("yes", ctypes.c_ubyte), ("no", ctypes.c_ubyte), ("k", ctypes.c_uint))
+
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(Instruction)))
+
+    code = (Instruction * 4)(
+        Instruction(ld_syscall, 0, 0, 0),
+        Instruction(jump_if_equal, 0, 1, number),
+        Instruction(give, 0, 0, fail | error),
+        Instruction(give, 0, 0, allow),
+    )
+    libc = ctypes.CDLL(None, use_errno=True)
+    no_new_privileges, set_seccomp, filter_mode = 38, 22, 2
+    assert libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
+    assert libc.prctl(set_seccomp, filter_mode, ctypes.byref(Program(4, code)), 0, 0) == 0

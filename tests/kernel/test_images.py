@@ -604,7 +604,9 @@ def test_a_wrong_digest_is_noticed_before_the_kernel_sees_the_image(disk: bytes,
     in_own_namespace(work)
 
 
-@pytest.mark.parametrize("text", ["", "0", "0" * 63, "0" * 65, "g" * 64, "é" * 64, "0" * 64 + "\n", "\udcff" * 64])
+@pytest.mark.parametrize(
+    "text", ["", "0", "0" * 63, "0" * 65, "g" * 64, "é" * 64, "0" * 64 + "\n", "\udcff" * 64, "\ud800"]
+)
 def test_a_digest_that_is_no_digest_is_usage(disk: bytes, made: dict[str, bytes], text: str) -> None:
     with pytest.raises(UsageError) as raised:
         open_image(made["erofs"], store=Store(disk + b"/state"), sha256=text)

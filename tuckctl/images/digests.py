@@ -89,15 +89,16 @@ class _Hashing:
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
         self._free: SimpleQueue[bytearray] = SimpleQueue()
-        self._full: SimpleQueue[memoryview | None] = SimpleQueue()
+        self._full: SimpleQueue[tuple[bytearray, int] | None] = SimpleQueue()
         for _ in range(_BUFFERS):
             self._free.put(bytearray(BLOCK))
         self._thread = Thread(target=self._run, name="tuckctl-digest", daemon=True)
 
     def _run(self) -> None:
-        while (block := self._full.get()) is not None:
-            self._digest.update(block)
-            self._free.put(block.obj)  # type: ignore[arg-type] - the bytearray that it is a view of
+        while (filled := self._full.get()) is not None:
+            buffer, count = filled
+            self._digest.update(memoryview(buffer)[:count])
+            self._free.put(buffer)
 
     def buffer(self) -> bytearray:
         """Return a buffer to read into; wait until one is free."""
@@ -105,7 +106,7 @@ class _Hashing:
 
     def update(self, buffer: bytearray, count: int) -> None:
         """Hand a buffer back, to be hashed as far as it is filled."""
-        self._full.put(memoryview(buffer)[:count])
+        self._full.put((buffer, count))
 
     def hexdigest(self) -> str:
         """Return the digest of everything that was handed over."""

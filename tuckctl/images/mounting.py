@@ -50,7 +50,7 @@ def mount_image(
         ImageError: `image-not-accepted`, `image-damaged`, `image-busy`, `image-not-cloneable`.
         UnsupportedError: `filesystem-missing`, `loop-missing`.
         RefusedError: `mount-not-permitted`, `loop-not-permitted`.
-        FailedError: `out-of-memory`, `loop-busy`.
+        FailedError: `out-of-memory`, `loop-busy`, `scratch-unusable`.
 
     See fsopen(2), fsmount(2), open_tree(2), loop(4).
     """
@@ -119,7 +119,11 @@ def _named(path: bytes, source: bytes | None, scratch: bytes) -> Iterator[bytes]
 
 def _no_scratch(scratch: bytes, error: OSError) -> TuckError:
     why = f"{errno.errorcode.get(error.errno or 0, '?')}, {(error.strerror or '').lower()}"
-    return FailedError("scratch-unusable", f"{show(scratch)}: no symlink can be made in it ({why})")
+    return FailedError(
+        "scratch-unusable",
+        f"{show(scratch)}: no symlink can be made in it ({why})",
+        "Name another directory in TUCKCTL_RUN_DIR, or make room in this one.",
+    )
 
 
 def _look_at(image: Image, mount: Fd) -> None:
@@ -161,12 +165,16 @@ def _explain_directory(_image: Image, path: str, error: KernelError) -> TuckErro
             f"{path}: this directory cannot be cloned: {error.message}",
             "It must lie in this mount namespace, on no unbindable mount, and have no locked mounts below it.",
         )
-    return ImageError("image-not-accepted", f"{path}: this directory cannot be mounted: {error.message}")
+    return ImageError(
+        "image-not-accepted", f"{path}: this directory cannot be mounted: {error.message}", "Look at its filesystem."
+    )
 
 
 def _explain_filesystem(image: Image, path: str, error: KernelError) -> TuckError:
     name = errno.errorcode.get(error.errno, str(error.errno))
-    said = f"{os.strerror(error.errno)} ({name})" + "".join(f"; it says: {line}" for line in error.log)
+    said = f"{os.strerror(error.errno)} ({name}, from {error.call})" + "".join(
+        f"; it says: {line}" for line in error.log
+    )
     if error.call == "fsopen" and error.errno == errno.ENODEV:
         return UnsupportedError(
             "filesystem-missing",

@@ -186,7 +186,7 @@ def _expected_digest(sha256: str | None) -> str | None:
     if sha256 is not None and not _SHA256.fullmatch(sha256):
         raise UsageError(
             "digest-malformed",
-            f"{show(os.fsencode(sha256))}: this is no SHA-256",
+            f"{show(sha256.encode('utf-8', 'backslashreplace'))}: this is no SHA-256",
             "Give 64 hex digits, as sha256sum prints.",
         )
     return sha256 and sha256.lower()

@@ -12,8 +12,8 @@ import threading
 from typing import TYPE_CHECKING, TypeVar
 
 from tuckctl.kernel.fd import Fd
-from tuckctl.kernel.flags import Clone
-from tuckctl.kernel.syscalls import setns, unshare
+from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation
+from tuckctl.kernel.syscalls import mount_setattr, setns, unshare
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,6 +67,19 @@ def in_copy(work: Callable[[], _T], *, directory: Descriptor | None = None) -> _
         return work()
 
     return on_thread(enter)
+
+
+def in_private_copy(work: Callable[[], _T], *, directory: Descriptor | None = None) -> _T:
+    """Run work in a fresh copy of this mount namespace to which nothing propagates, and out of which nothing does."""
+
+    def enter() -> _T:
+        with Fd(os.open(".", os.O_PATH | os.O_DIRECTORY)) as here, own_namespace() as copy:
+            setns(copy, Clone.NEWNS)  # out of a chroot: "/" is a mount's root now
+            mount_setattr(AT_FDCWD, b"/", propagation=Propagation.PRIVATE, recursive=True)
+            os.fchdir(here.fileno())
+        return work()
+
+    return in_copy(enter, directory=directory)
 
 
 def own_namespace() -> Fd:
