@@ -84,9 +84,11 @@ struct tuck_holder {
     uint64_t end;
 };
 
+/* Shared between a watcher and who reads its counts; stop and pause_us are for the latter to set. */
 struct tuck_counts {
     uint32_t stop;
     uint32_t ready;
+    uint32_t pause_us;
     uint64_t looks;
     uint64_t seen[8];
     uint64_t other;
@@ -149,6 +151,8 @@ int64_t tuck_find_holders(int proc, const uint64_t *mount_ids, size_t mount_coun
 /* Looks at a path until told to stop, and counts what it saw. */
 int tuck_watch(int how, const char *path, const char *const *expected, size_t expected_count, uint32_t good,
                struct tuck_counts *counts);
+/* Has the kernel send the calling process a signal when its parent ends. */
+int tuck_end_with_parent(int signal);
 /* cdef: end */
 
 /* tuck_holder.kind; for FD and WATCH number is the fd, for MAP number and end are the addresses. */

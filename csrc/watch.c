@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -128,6 +129,13 @@ int tuck_watch(int how, const char *path, const char *const *expected, size_t ex
             absent_since = now_ns();
         }
         __atomic_store_n(&counts->ready, 1, __ATOMIC_RELEASE);
+        uint32_t pause = __atomic_load_n(&counts->pause_us, __ATOMIC_RELAXED);
+        if (pause > 0)
+            usleep(pause);
     }
     return 0;
+}
+
+int tuck_end_with_parent(int signal) {
+    return prctl(PR_SET_PDEATHSIG, signal) < 0 ? -errno : 0;
 }

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import time
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tuckctl.errors import TuckError
+from tuckctl.errors import KernelError, TuckError, UnsupportedError
 from tuckctl.kernel.syscalls import show
 from tuckctl.log import log
 from tuckctl.results import Problem, TargetResult, TransactionResult
@@ -85,6 +86,21 @@ def begin(command: str, target: bytes) -> Iterator[Course]:
     try:
         yield course
     except TuckError as error:
-        if error.result is None:
-            error.result = course.result(error.outcome, None, error)
-        raise
+        cause = _cause(error)
+        if cause.result is None:
+            cause.result = course.result(cause.outcome, None, cause)
+        if cause is error:
+            raise
+        raise cause from error
+
+
+def _cause(error: TuckError) -> TuckError:
+    """Name what the kernel lacks where that is why a call failed: one errno has many causes."""
+    if isinstance(error, KernelError) and error.errno in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+        from tuckctl.kernel.probe import refuse_unsupported  # noqa: PLC0415 - on the way out, after any undo
+
+        try:
+            refuse_unsupported()
+        except UnsupportedError as unsupported:
+            return unsupported
+    return error

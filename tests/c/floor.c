@@ -741,11 +741,31 @@ static void absence_is_measured(void) {
     TRUE(counts.longest_absence_ns >= 1000000);
 }
 
+static void pausing(void) {
+    const char *const expected[] = {"text"};
+    struct look order = {TUCK_WATCH_READ, "watched/b", expected, 1, 1, {.pause_us = 20000}};
+    pthread_t thread;
+    TRUE(pthread_create(&thread, NULL, look, &order) == 0);
+    usleep(50000);
+    __atomic_store_n(&order.counts.stop, 1, __ATOMIC_RELEASE);
+    TRUE(pthread_join(thread, NULL) == 0);
+    TRUE(order.counts.looks > 0 && order.counts.looks <= 4);
+}
+
+static void ending_with_the_parent(void) {
+    int set = 0;
+    FAILS(tuck_end_with_parent(-1), EINVAL);
+    OK(tuck_end_with_parent(SIGTERM));
+    SYS(prctl(PR_GET_PDEATHSIG, &set));
+    TRUE(set == SIGTERM);
+    OK(tuck_end_with_parent(SIGKILL));
+}
+
 int main(int count, char **arguments) {
     if (count == 3 && strcmp(arguments[1], "--hold") == 0)
         return hold(arguments[2]);
     TRUE(count == 2);
-    SYS(prctl(PR_SET_PDEATHSIG, SIGKILL));
+    OK(tuck_end_with_parent(SIGKILL));
     SYS(mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL));
     SYS(chdir(arguments[1]));
     mount_tmpfs(".");
@@ -773,6 +793,8 @@ int main(int count, char **arguments) {
     root_holder();
     looking();
     absence_is_measured();
+    pausing();
+    ending_with_the_parent();
 
     TRUE(open_descriptors() == before);
     return all ? 0 : SKIPPED;

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import os
+
 from tests.kernel import lab
 
-from tuckctl.errors import UnsupportedError
+from tuckctl.commands import swap
+from tuckctl.errors import TuckError, UnsupportedError
 from tuckctl.kernel.probe import NEEDED, Feature, probe, refuse_unsupported
 
 @lab.needs_root
@@ -53,3 +56,22 @@ def test_a_kernel_that_lacks_what_a_swap_needs_is_named_by_what_it_lacks() -> No
     message = lab.in_own_namespace(work)
     assert "listmount" in message
     assert "6.8" in message
+
+
+@lab.needs_root
+def test_a_swap_on_a_kernel_that_cannot_is_refused_with_what_is_lacking(disk: bytes) -> None:
+    def work() -> tuple[str, int]:
+        for name in (b"target", b"image"):
+            os.mkdir(os.path.join(disk, name))
+        os.environb[b"TUCKCTL_STATE_DIR"] = os.path.join(disk, b"state")
+        os.environb[b"TUCKCTL_RUN_DIR"] = os.path.join(disk, b"run")
+        lab.deny_syscall(457)
+        try:
+            swap(os.path.join(disk, b"target"), [os.path.join(disk, b"image")])
+        except TuckError as error:
+            return error.message, error.exit_code
+        return "nothing was refused", 0
+
+    message, code = lab.in_own_namespace(work)
+    assert "statmount" in message
+    assert code == 69
