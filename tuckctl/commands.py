@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tuckctl import reports as _reports
 from tuckctl import transaction as _transaction
+from tuckctl.course import begin as _begin
 from tuckctl.errors import UsageError
 from tuckctl.transaction import Request
 
@@ -60,14 +61,15 @@ def swap(
         PartialError: new is live, but not everywhere; LockedError: another transaction holds the target.
 
     """
-    if isinstance(target, Mapping):
-        if images is not None or len(target) != 1:
-            raise UsageError("several-targets", "several targets at once are not supported yet", "name one target")
-        ((target, images),) = target.items()
-    if images is None:
-        raise UsageError("no-image", "no image is named", "name at least one image")
-    if isinstance(images, str | bytes):
-        raise UsageError("no-image", "images is a sequence of paths, not one path", "write [path]")
+    with _begin("swap", b""):
+        if isinstance(target, Mapping):
+            if images is not None or len(target) != 1:
+                raise UsageError("several-targets", "several targets at once are not supported yet", "name one target")
+            ((target, images),) = target.items()
+        if images is None:
+            raise UsageError("no-image", "no image is named", "name at least one image")
+        if isinstance(images, str | bytes):
+            raise UsageError("no-image", "images is a sequence of paths, not one path", "write [path]")
     request = Request(
         images=tuple(os.fsencode(image) for image in images),
         busy=busy,

@@ -5,18 +5,26 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import time
 import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from tuckctl.errors import KernelError, TuckError, UnsupportedError
+from tuckctl import stop
+from tuckctl.errors import FailedError, KernelError, PartialError, TuckError, UnsupportedError
+from tuckctl.kernel.fd import standard_streams
 from tuckctl.kernel.syscalls import show
 from tuckctl.log import log
 from tuckctl.results import Problem, TargetResult, TransactionResult
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+_LATE = ("check", "record")
+_TOO_MANY = ("too-many-open-files", "raise the limit of open files (ulimit -n), or close some")
+_SYSTEM_ERRORS = {errno.EMFILE: _TOO_MANY, errno.ENFILE: _TOO_MANY}
 
 
 def _new_id() -> str:
@@ -35,6 +43,10 @@ class Course:
     timings: dict[str, int] = field(default_factory=dict)
     warnings: list[Problem] = field(default_factory=list)
     phase: str = "check"
+    is_late: bool = False
+    """Whether the new content is seen already."""
+    so_far: TargetResult | None = None
+    """What a failure's document tells of the target."""
     _begun: float = field(default_factory=time.perf_counter)
     _since: float = field(default_factory=time.perf_counter)
 
@@ -43,6 +55,10 @@ class Course:
         self._book()
         self.phase = phase
         log.debug("phase", transaction=self.transaction, phase=phase, target=show(self.target))
+        if phase in _LATE:
+            self.is_late = True
+        elif phase != "undo":
+            stop.heed()
 
     def _book(self) -> None:
         now = time.perf_counter()
@@ -53,6 +69,17 @@ class Course:
         """Note what the user should know although it is no failure."""
         self.warnings.append(Problem(code, message, hint))
         log.warning(message, transaction=self.transaction, phase=self.phase, code=code, target=show(self.target))
+
+    def explain(self, error: TuckError | OSError) -> TuckError:
+        """Return the failure that a caller is told of: one that says what became of the target."""
+        if isinstance(error, OSError):
+            error = system_error(self.target, error)
+        elif not self.is_late:
+            error = _cause(error)
+        if self.is_late and error.outcome == "failed":
+            message = f"the new content is live, but then something failed: {error.message}"
+            return PartialError(error.code, message, error.hint or f"tuckctl status {show(self.target)}")
+        return error
 
     def result(self, outcome: str, target: TargetResult | None, error: TuckError | None = None) -> TransactionResult:
         """Make the document."""
@@ -66,7 +93,7 @@ class Course:
             phase="end",
             command=self.command,
             target=show(self.target),
-            **({"code": error.code} if error else {}),
+            **({"code": error.code, "error": error.message, "hint": error.hint} if error else {}),
         )
         return TransactionResult(
             f"tuckctl.{self.command}/1",
@@ -79,19 +106,29 @@ class Course:
         )
 
 
+def system_error(target: bytes, error: OSError) -> FailedError:
+    """Return what a user is told of an error that no one expected."""
+    name = f"{show(os.fsencode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""
+    why = os.strerror(error.errno).lower() if error.errno else str(error)
+    code, hint = _SYSTEM_ERRORS.get(error.errno or 0, ("system-error", None))
+    return FailedError(code, f"{show(target)}: {name}{why}", hint)
+
+
 @contextlib.contextmanager
 def begin(command: str, target: bytes) -> Iterator[Course]:
     """Give every failure its document."""
+    log.prepare()
     course = Course(command, target)
     try:
-        yield course
-    except TuckError as error:
-        cause = _cause(error)
-        if cause.result is None:
-            cause.result = course.result(cause.outcome, None, cause)
-        if cause is error:
+        with standard_streams():
+            yield course
+    except (TuckError, OSError) as error:
+        failure = course.explain(error)
+        if failure.result is None:
+            failure.result = course.result(failure.outcome, course.so_far, failure)
+        if failure is error:
             raise
-        raise cause from error
+        raise failure from error
 
 
 def _cause(error: TuckError) -> TuckError:

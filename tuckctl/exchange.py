@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tuckctl import stop
 from tuckctl.errors import FailedError, IncompleteError, KernelError, RefusedError, UndoneError
 from tuckctl.holding import find as find_holders
 from tuckctl.kernel.fd import Fd
@@ -113,6 +114,7 @@ class Exchange:
         while find_holders(self.target.path, self._covered, ()):
             if busy == "fail" or time.monotonic() + pause > deadline:
                 raise _busy_error(self.target, self.holders())
+            stop.heed()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_WAIT)
 
@@ -166,6 +168,7 @@ class Exchange:
                 return self._covered
             if busy == "fail" or time.monotonic() + pause > deadline:
                 raise _busy_error(self.target, self.holders())
+            stop.heed()
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_WAIT)
 
@@ -323,7 +326,8 @@ def _lost_points(match: Match) -> set[bytes]:
     for identity in listmount(match.parent_id, match.namespace_id):
         with contextlib.suppress(KernelError):
             mounts[identity] = look(identity, match.namespace_id)
-    on_old, on_new = set(), set()
+    on_old: set[bytes] = set()
+    on_new: set[bytes] = set()
     for mount in mounts.values():
         above = mount
         while above.id != match.mount_id and above.parent_id in mounts:
@@ -384,6 +388,7 @@ def take_off(target: Target, old: Mount, busy: str, deadline: float, enter: Call
             break
         if busy == "fail" or time.monotonic() + pause > deadline:
             raise _busy_error(target, find_holders(target.path, ids, ()))
+        stop.heed()
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_WAIT)
     enter("check")

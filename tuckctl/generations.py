@@ -5,20 +5,32 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import stat
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tuckctl.errors import FailedError, RefusedError
 from tuckctl.kernel.syscalls import show
 
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from tuckctl.errors import TuckError
+
+_T = TypeVar("_T")
+
 _PLAIN = re.compile(rb"[A-Za-z0-9_.@+]")
 _MOST_KEY = 180
-_RECORD = re.compile(r"([1-9][0-9]*)\.json")
+_RECORD = re.compile(r"([1-9][0-9]{0,17})\.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_OPTION = re.compile(r"[a-z]+")
+_MOST_NUMBER = 2**64 - 1
 FORMAT = 1
 
 
@@ -111,17 +123,91 @@ def _name(value: Any) -> bytes:
     raise TypeError(value)
 
 
+def _typed(found: dict[str, Any], name: str, kind: type[_T]) -> _T:
+    value = found[name]
+    if type(value) is not kind:
+        msg = f"{name} is of type {type(value).__name__}"
+        raise TypeError(msg)
+    return value
+
+
+def _count(found: dict[str, Any], name: str, *, least: int) -> int:
+    value = _typed(found, name, int)
+    if not least <= value <= _MOST_NUMBER:
+        msg = f"{name} is {value}"
+        raise ValueError(msg)
+    return value
+
+
+def _number(found: dict[str, Any], name: str) -> int | None:
+    return None if found[name] is None else _count(found, name, least=1)
+
+
+def _option(value: Any) -> str:
+    if type(value) is not str or not _OPTION.fullmatch(value):
+        msg = "options are no mount options"
+        raise TypeError(msg)
+    return value
+
+
+def _digest(found: dict[str, Any]) -> str | None:
+    if found["sha256"] is None:
+        return None
+    value = _typed(found, "sha256", str)
+    if not _SHA256.fullmatch(value):
+        msg = "sha256 is no digest"
+        raise ValueError(msg)
+    return value
+
+
+def _image(found: dict[str, Any]) -> ImageRecord:
+    image = ImageRecord(
+        _name(found["path"]), _typed(found, "format", str), _digest(found), kept=_typed(found, "kept", bool)
+    )
+    if image.kept and image.sha256 is None:
+        msg = "a kept image has no digest"
+        raise ValueError(msg)
+    return image
+
+
+def state_error(path: bytes, error: OSError) -> TuckError:
+    """Say why one of the tool's own files or directories cannot be used."""
+    number = error.errno or 0
+    message = f"{show(path)}: {os.strerror(number).lower()} ({errno.errorcode.get(number, '?')})"
+    elsewhere = "or name another directory in TUCKCTL_STATE_DIR or TUCKCTL_RUN_DIR"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return FailedError("state-full", message, f"make room there, {elsewhere}")
+    if number in (errno.EMFILE, errno.ENFILE):
+        return FailedError("too-many-open-files", message, "raise the limit of open files (ulimit -n)")
+    if number == errno.EROFS:
+        return RefusedError("state-read-only", message, f"mount it writable, {elsewhere}")
+    if number in (errno.EACCES, errno.EPERM):
+        return RefusedError("state-not-permitted", message, f"run it as root, {elsewhere}")
+    return RefusedError("state-unusable", message, f"make it a directory that root can write to, {elsewhere}")
+
+
+def _make_directories(path: bytes) -> None:
+    """Make a directory and what is missing above it, 0700 whatever the umask."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    except FileNotFoundError:
+        above = os.path.dirname(path)
+        if above == path:
+            raise
+        _make_directories(above)
+        _make_directories(path)
+
+
 def prepare_directory(path: bytes) -> None:
     """Make one of the tool's own directories, 0700, or refuse one that others could write to."""
     try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        _make_directories(path)
         found = os.stat(path, follow_symlinks=False)
     except OSError as error:
-        raise RefusedError(
-            "state-unusable",
-            f"{show(path)}: {os.strerror(error.errno or 0).lower()}",
-            "make it a directory that root can write to, or set TUCKCTL_STATE_DIR and TUCKCTL_RUN_DIR",
-        ) from error
+        raise state_error(path, error) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise RefusedError(
             "state-unsafe",
@@ -130,29 +216,65 @@ def prepare_directory(path: bytes) -> None:
         )
 
 
+class Draft:
+    """A file's next content, whole and on the disk beside it: publishing it is one rename(2).
+
+    Only who holds the target's lock writes here. So the draft's name can be a fixed one, and what a killed
+    writer left is written over by the next.
+    """
+
+    def __init__(self, directory: bytes, name: str, content: bytes, *, durable: bool = True) -> None:
+        """Write it. Raises TuckError, and leaves nothing."""
+        self._directory, self._durable = directory, durable
+        self._final = os.path.join(directory, name.encode())
+        self._draft: bytes | None = os.path.join(directory, b".%s.new" % name.encode())
+        try:
+            fd = os.open(self._draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                while content:
+                    content = content[os.write(fd, content) :]
+                if durable:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            self.close()
+            raise state_error(self._final, error) from error
+
+    def publish(self) -> None:
+        """Put it in place of the file. Raises TuckError."""
+        if self._draft is None:
+            return
+        try:
+            os.rename(self._draft, self._final)
+            self._draft = None
+            if self._durable:
+                sync_directory(self._directory)
+        except OSError as error:
+            raise state_error(self._final, error) from error
+
+    def close(self) -> None:
+        """Drop it, unless it was published."""
+        if self._draft is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._draft)
+            self._draft = None
+
+    def __enter__(self) -> Self:
+        """Own it for the length of a block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Drop it, unless it was published."""
+        self.close()
+
+
 def write_file(directory: bytes, name: str, content: bytes, *, durable: bool = True) -> None:
     """Replace a file as a whole: it is the old one or the new one, whatever happens (rename(2), fsync(2))."""
-    final = os.path.join(directory, name.encode())
-    temporary = os.path.join(directory, b".%s.%d" % (name.encode(), os.getpid()))
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(fd, content)
-            if durable:
-                os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.rename(temporary, final)
-        if durable:
-            sync_directory(directory)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise FailedError(
-            "state-not-writable",
-            f"{show(final)}: {os.strerror(error.errno or 0).lower()}",
-            "free space there, or mount it writable",
-        ) from error
+    with Draft(directory, name, content, durable=durable) as draft:
+        draft.publish()
 
 
 def sync_directory(directory: bytes) -> None:
@@ -172,22 +294,30 @@ class Records:
         self.target = target
         self.directory = os.path.join(state, b"targets", key_of(target).encode())
 
-    def _read(self, name: str) -> Any:
+    def _read(self, name: str) -> dict[str, Any] | None:
         path = os.path.join(self.directory, name.encode())
         try:
-            with open(path, "rb") as file:
-                return json.loads(file.read())
+            # A record is a plain file; a FIFO in its place must not make anyone wait.
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(fd, "rb") as file:
+                found = json.loads(file.read())
         except FileNotFoundError:
             return None
-        except (OSError, ValueError) as error:
-            raise RefusedError(
-                "record-damaged", f"{show(path)}: {error}", "restore the file, or remove it to forget it"
-            ) from error
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+                raise self._damaged(name, error) from error
+            raise state_error(path, error) from error
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(name, error) from error
+        if not isinstance(found, dict):
+            raise self._damaged(name, TypeError(type(found).__name__))
+        return found
 
     def _damaged(self, name: str, error: Exception) -> RefusedError:
         return RefusedError(
             "record-damaged",
-            f"{show(os.path.join(self.directory, name.encode()))}: not a record of this tool ({error!r})",
+            f"{show(os.path.join(self.directory, name.encode()))}: not a record of this tool"
+            f" ({show(str(error).encode('utf-8', 'backslashreplace'))})",
             "restore the file, or remove it to forget it",
         )
 
@@ -198,11 +328,11 @@ class Records:
             return None
         try:
             return Current(
-                None if found["generation"] is None else int(found["generation"]),
-                None if found["previous"] is None else int(found["previous"]),
-                str(found["boot_id"]),
-                int(found["namespace"]),
-                int(found["mount_id"]),
+                _number(found, "generation"),
+                _number(found, "previous"),
+                _typed(found, "boot_id", str),
+                _count(found, "namespace", least=0),
+                _count(found, "mount_id", least=0),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged("current.json", error) from error
@@ -214,21 +344,22 @@ class Records:
             return None
         try:
             if found["format"] != FORMAT or found["number"] != number:
-                msg = f"format {found['format']}"
+                msg = f"format {found['format']}, number {found['number']}"
                 raise ValueError(msg)
-            images = tuple(
-                ImageRecord(_name(i["path"]), str(i["format"]), i["sha256"], bool(i["kept"])) for i in found["images"]
-            )
+            target = _name(found["target"])
+            if not target.startswith(b"/") or key_of(target).encode() != os.path.basename(self.directory):
+                msg = "it belongs to another target"
+                raise ValueError(msg)
             return Generation(
                 number,
-                _name(found["target"]),
-                images,
-                tuple(map(str, found["options"])),
+                target,
+                tuple(_image(image) for image in _typed(found, "images", list)),
+                tuple(_option(option) for option in _typed(found, "options", list)),
                 _name(found["base"]),
-                str(found["created"]),
-                str(found["transaction"]),
-                str(found["outcome"]),
-                bool(found["adopted"]),
+                _typed(found, "created", str),
+                _typed(found, "transaction", str),
+                _typed(found, "outcome", str),
+                adopted=_typed(found, "adopted", bool),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(f"{number}.json", error) from error
@@ -239,25 +370,37 @@ class Records:
             names = os.listdir(os.fsdecode(self.directory))
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise state_error(self.directory, error) from error
         return sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
 
     def next_number(self) -> int:
         """Return the number for the next generation; numbers are never used again."""
-        return (self.numbers() or [0])[-1] + 1
+        current = self.current()
+        named = (current.generation or 0, current.previous or 0) if current is not None else ()
+        return max([0, *self.numbers()[-1:], *named]) + 1
+
+    def draft(self, generation: Generation) -> Draft:
+        """Write a generation's record, to be published later."""
+        prepare_directory(self.directory)
+        document = {"format": FORMAT} | _plain(asdict(generation))
+        return Draft(self.directory, f"{generation.number}.json", json.dumps(document, indent=1).encode())
+
+    def draft_current(self, current: Current) -> Draft:
+        """Write what is to be live, to be published when it is."""
+        prepare_directory(self.directory)
+        return Draft(self.directory, "current.json", json.dumps(asdict(current)).encode())
 
     def write(self, generation: Generation) -> None:
         """Record a generation durably."""
-        prepare_directory(self.directory)
-        document = {"format": FORMAT} | _plain(asdict(generation))
-        write_file(self.directory, f"{generation.number}.json", json.dumps(document, indent=1).encode())
+        with self.draft(generation) as draft:
+            draft.publish()
 
-    def finish(self, generation: Generation, outcome: str) -> None:
-        """Say what became of a generation."""
-        self.write(replace(generation, outcome=outcome))
-
-    def make_current(self, current: Current) -> None:
-        """Say durably what is live now."""
-        write_file(self.directory, "current.json", json.dumps(asdict(current)).encode())
+    def name(self) -> bytes | None:
+        """Return the target's name as its newest generation tells it, or None when none is on record."""
+        numbers = self.numbers()
+        newest = self.get(numbers[-1]) if numbers else None
+        return newest.target if newest is not None else None
 
     def remove(self, number: int) -> None:
         """Drop a generation's record."""
@@ -265,19 +408,19 @@ class Records:
             os.unlink(os.path.join(self.directory, b"%d.json" % number))
 
 
-def known_targets(state: bytes) -> list[bytes]:
-    """Return every target that has a generation on record."""
+def all_records(state: bytes) -> list[Records]:
+    """Return the records of every target, whose names they know themselves: see `Records.name`."""
     folder = os.path.join(state, b"targets")
-    found = []
     try:
         keys = sorted(os.listdir(folder))
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise state_error(folder, error) from error
+    found = []
     for key in keys:
         records = Records(state, b"")
         records.directory = os.path.join(folder, key)
-        numbers = records.numbers()
-        newest = records.get(numbers[-1]) if numbers else None
-        if newest is not None:
-            found.append(newest.target)
+        if os.path.isdir(records.directory):
+            found.append(records)
     return found

@@ -9,6 +9,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from tuckctl import stop
 from tuckctl.errors import LockedError
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.syscalls import show
@@ -38,6 +39,7 @@ def take(fd: int, deadline: float, target: bytes, *, shared: bool = False) -> No
                 f"{show(target)}: another transaction held it until the deadline",
                 "try again later, or give a longer --timeout",
             )
+        stop.heed()
         time.sleep(pause)
         pause = min(2 * pause, _LONGEST_WAIT)
 
@@ -47,11 +49,23 @@ def locked(path: bytes, deadline: float, target: bytes, *, shared: bool = False)
     """Hold the lock of a file, made when missing, for the length of a block."""
     with Fd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
         take(file.fileno(), deadline, target, shared=shared)
-        yield
+        try:
+            yield
+        finally:
+            release(file.fileno())
+
+
+def release(fd: int) -> None:
+    """Unlock an open file, also where a fork of this process in another thread inherited the descriptor."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager
 def alone(path: bytes) -> Iterator[bool]:
     """Hold a file's lock exclusively if no one else does; say whether it is held."""
     with Fd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
-        yield _try(file.fileno(), shared=False)
+        held = _try(file.fileno(), shared=False)
+        try:
+            yield held
+        finally:
+            release(file.fileno())

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MOST_LAYERS = 500
 _MOST_SOURCE = 200
+_LONGEST = 255
 _SOURCE = re.compile(rb"tuckctl:(?P<target>.*)@(?P<generation>[1-9][0-9]*)", re.DOTALL)
 
 
@@ -28,15 +29,29 @@ class Overlay:
     attributes: MountAttr
 
 
-def source_name(target: bytes, generation: int) -> bytes:
+def source_name(target: bytes, generation: int, most: int = _MOST_SOURCE) -> bytes:
     """Return what findmnt shows as the source of a generation's mount: tool, target, generation.
 
-    A long target is cut, and a digest of it keeps the name its own: the kernel takes 255 bytes.
+    A target longer than `most` is cut, and a digest of it keeps the name its own: the kernel takes 255 bytes.
     """
-    if len(target) > _MOST_SOURCE:
-        digest = hashlib.sha256(target).hexdigest()[:16].encode()
-        target = target[: _MOST_SOURCE - 20] + b"...:" + digest
+    if len(target) > most:
+        mark = _mark(target)
+        target = target[: max(0, most - len(mark))] + mark
     return b"tuckctl:%s@%d" % (target, generation)
+
+
+def source_file_name(target: bytes, generation: int, folder: bytes) -> bytes:
+    """Return the same, short enough for the name of a file in `folder`, in which / and % are escaped."""
+    most = _MOST_SOURCE
+    while True:
+        name = source_name(target, generation, most)
+        if most <= 0 or len(folder) + 1 + len(name) + 2 * (name.count(b"/") + name.count(b"%")) <= _LONGEST:
+            return name
+        most -= 10
+
+
+def _mark(target: bytes) -> bytes:
+    return b"...:" + hashlib.sha256(target).hexdigest()[:16].encode()
 
 
 def _said(source: bytes) -> re.Match[bytes] | None:
@@ -48,8 +63,11 @@ def _said(source: bytes) -> re.Match[bytes] | None:
 def generation_of(source: bytes, target: bytes) -> int | None:
     """Return the generation that a mount's source names, if it is one of this target's."""
     match = _said(source)
-    generation = int(match["generation"]) if match else 0
-    return generation if match and match[0] == source_name(target, generation) else None
+    if match is None:
+        return None
+    cut = match["target"].removesuffix(_mark(target))
+    is_this = match["target"] == target or (cut != match["target"] and target.startswith(cut))
+    return int(match["generation"]) if is_this else None
 
 
 def is_ours(source: bytes) -> bool:

@@ -4,11 +4,33 @@
 from __future__ import annotations
 
 import os
+import stat
 from dataclasses import dataclass
 
 from tuckctl.errors import RefusedError
-from tuckctl.generations import key_of, prepare_directory
+from tuckctl.generations import key_of, prepare_directory, state_error
 from tuckctl.kernel.syscalls import show
+
+
+def _refuse_unsafe(place: bytes) -> None:
+    """Refuse a directory that others could move away and replace."""
+    at = os.path.dirname(place)
+    while True:
+        try:
+            mode = os.stat(at).st_mode
+        except FileNotFoundError:
+            mode = 0
+        except OSError as error:
+            raise state_error(place, error) from error
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise RefusedError(
+                "state-unsafe",
+                f"{show(place)}: anyone may write to {show(at)}, which has no sticky bit",
+                f"chmod o-w {show(at)}, or set its sticky bit",
+            )
+        if at == os.path.dirname(at):
+            return
+        at = os.path.dirname(at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +57,7 @@ class Places:
                     f"{show(place)} lies in the target {show(target)} and would vanish under the new content",
                     "set TUCKCTL_STATE_DIR and TUCKCTL_RUN_DIR to directories outside of it",
                 )
+            _refuse_unsafe(place)
         for folder in (self.state, self.run, self.scratch, os.path.join(self.run, b"locks"), self.of(target)):
             prepare_directory(folder)
 

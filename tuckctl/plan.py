@@ -102,10 +102,13 @@ def classify(target: Target, ours: dict[int, int | None], *, adopt: bool) -> Liv
     )
 
 
-def refuse_nested(target: Target, around: list[Mount]) -> None:
-    """Refuse a target that lies inside another target's overlay; `around` are the mounts it lies in."""
+def refuse_nested(target: Target, around: list[Mount], recorded: list[Mount]) -> None:
+    """Refuse a target that lies inside another target's overlay.
+
+    `around` are the mounts it lies in, `recorded` those of them that are on record as another target's content.
+    """
     for mount in around:
-        if is_ours(mount.source):
+        if is_ours(mount.source) or mount in recorded:
             raise RefusedError(
                 "inside-another-target",
                 f"{show(target.path)} lies in the overlay on {show(mount.point)} ({show(mount.source)})",

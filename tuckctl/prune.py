@@ -9,38 +9,43 @@ import re
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import TuckError
-from tuckctl.generations import Records, known_targets
+from tuckctl.generations import all_records
 from tuckctl.locks import alone
 
 if TYPE_CHECKING:
+    from tuckctl.generations import Records
     from tuckctl.places import Places
 
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
-def prune(places: Places, target: bytes, keep: int) -> None:
-    """Drop a target's oldest generations beyond `keep`, besides those in use, then the images nobody names.
+def drop_generations(records: Records, keep: int) -> None:
+    """Drop a target's oldest generations beyond `keep`, besides those in use; its lock is held.
 
-    Images are dropped only while no other transaction may be about to use one; what is left over
-    goes with the next swap. Damaged records keep everything.
+    The newest stays in any case: its number must not be given again.
     """
     with contextlib.suppress(TuckError, OSError):
-        records = Records(places.state, target)
         current = records.current()
         used = {current.generation, current.previous} if current else set()
-        numbers = records.numbers()
-        for number in numbers[:-keep]:
-            if number not in used:
-                records.remove(number)
-        with alone(places.images_lock) as nobody_else:
-            if nobody_else:
-                _drop_images(places)
+        unused = [number for number in records.numbers()[:-1] if number not in used]
+        for number in unused[: max(0, len(unused) - keep)]:
+            records.remove(number)
 
 
-def _drop_images(places: Places) -> None:
+def drop_images(places: Places) -> None:
+    """Drop the kept images that no generation of any target names.
+
+    Only while no other transaction may be about to use one; what is left over goes with the next swap.
+    A damaged record might name any of them: it keeps all.
+    """
+    with contextlib.suppress(TuckError, OSError), alone(places.images_lock) as nobody_else:
+        if nobody_else:
+            _drop_unnamed(places)
+
+
+def _drop_unnamed(places: Places) -> None:
     named = set()
-    for target in known_targets(places.state):
-        records = Records(places.state, target)
+    for records in all_records(places.state):
         for number in records.numbers():
             generation = records.get(number)
             if generation is not None:

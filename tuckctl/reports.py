@@ -3,33 +3,74 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from typing import TYPE_CHECKING
 
 from tuckctl import holding
-from tuckctl.errors import IncompleteError, KernelError, RefusedError
-from tuckctl.generations import Records, boot_id, known_targets
+from tuckctl.course import system_error
+from tuckctl.errors import IncompleteError, KernelError, RefusedError, TuckError
+from tuckctl.generations import Records, all_records, boot_id
+from tuckctl.kernel.fd import standard_streams
 from tuckctl.places import Places
 from tuckctl.plan import classify, live_mounts
 from tuckctl.receivers import describe, observe
 from tuckctl.results import GenerationInfo, Holders, History, Problem, Receiver, Status, TargetStatus, infos
 from tuckctl.target import Target, open_target
 
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+def _problem(error: TuckError) -> Problem:
+    return Problem(error.code, error.message, error.hint)
+
+
+@contextlib.contextmanager
+def _answering(path: bytes, document: Callable[[Problem], Status | History | Holders]) -> Iterator[None]:
+    """Give every failure its document."""
+    try:
+        with standard_streams():
+            yield
+    except (TuckError, OSError) as error:
+        failure = error if isinstance(error, TuckError) else system_error(path, error)
+        failure.result = document(_problem(failure))
+        if failure is error:
+            raise
+        raise failure from error
+
 
 def status(path: bytes | None) -> Status:
     """Return the state of one target, or of all that are on record."""
+    with _answering(path or b"", lambda problem: Status((), error=problem)):
+        return _status_of_all() if path is None else _status_of(path)
+
+
+def _status_of(path: bytes) -> Status:
+    warnings: list[Problem] = []
+    with open_target(path) as target:
+        found = _status(target, Places.from_environment(), warnings)
+    return Status((found,), warnings=tuple(warnings))
+
+
+def _status_of_all() -> Status:
+    """Look at every target on record; one that cannot be looked at does not hide the others."""
     places = Places.from_environment()
-    paths = known_targets(places.state) if path is None else [path]
     found = []
     warnings: list[Problem] = []
-    for each in paths:
+    for records in all_records(places.state):
+        name = None
         try:
-            with open_target(each) as target:
-                found.append(_status(target, places, warnings))
-        except RefusedError as error:
-            if path is not None:
-                raise
-            warnings.append(Problem(error.code, error.message, error.hint))
-            found.append(TargetStatus(each, "missing", None, None, writable=False, images=(), receivers=(), unseen=0))
+            name = records.name()
+            if name is not None:
+                with open_target(name) as target:
+                    found.append(_status(target, places, warnings))
+        except TuckError as error:
+            warnings.append(_problem(error))
+            if name is not None:
+                found.append(
+                    TargetStatus(name, "missing", None, None, writable=False, images=(), receivers=(), unseen=0)
+                )
     return Status(tuple(found), warnings=tuple(warnings))
 
 
@@ -48,9 +89,9 @@ def _status(target: Target, places: Places, warnings: list[Problem]) -> TargetSt
     except IncompleteError as error:
         state = "incomplete"
         generation = ours.get(target.stack[-1].id)
-        warnings.append(Problem(error.code, error.message, error.hint))
+        warnings.append(_problem(error))
     except RefusedError as error:
-        warnings.append(Problem(error.code, error.message, error.hint))
+        warnings.append(_problem(error))
     recorded = records.get(generation) if generation is not None else None
     receivers, unseen = _receivers(target, ours, generation)
     if state == "live" and any(receiver.state == "stale" for receiver in receivers):
@@ -89,6 +130,11 @@ def _receivers(
 
 def history(path: bytes) -> History:
     """Return a target's recorded generations, newest first."""
+    with _answering(path, lambda problem: History(path, (), error=problem)):
+        return _history(path)
+
+
+def _history(path: bytes) -> History:
     places = Places.from_environment()
     with open_target(path) as target:
         real = target.path
@@ -114,8 +160,9 @@ def history(path: bytes) -> History:
 
 def holders(path: bytes) -> Holders:
     """Return who still uses an overlay that was replaced on this target since the boot."""
-    places = Places.from_environment()
-    with open_target(path) as target:
-        real = target.path
-    known = holding.read_replaced(places.of(real))
-    return Holders(real, holding.find(real, known.mount_ids, known.devices))
+    with _answering(path, lambda problem: Holders(path, (), error=problem)):
+        places = Places.from_environment()
+        with open_target(path) as target:
+            real = target.path
+        known = holding.read_replaced(places.of(real))
+        return Holders(real, holding.find(real, known.mount_ids, known.devices))

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tuckctl.errors import KernelError, RefusedError
+from tuckctl.errors import KernelError, RefusedError, UsageError
 from tuckctl.generations import Current, Records, boot_id
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD
@@ -41,6 +42,12 @@ def _around(target: Target) -> list[Mount]:
     return mounts
 
 
+def _is_recorded(places: Places, mount: Mount) -> bool:
+    """Whether a mount is on record as some target's: one without an overlay may not say so itself."""
+    current = Records(places.state, mount.point).current()
+    return current is not None and (current.boot_id, current.mount_id) == (boot_id(), mount.id)
+
+
 @dataclass(slots=True)
 class Scene:
     """One target under its lock: what is mounted, what is on record, what is live."""
@@ -64,7 +71,8 @@ def open_scene(places: Places, path: bytes, deadline: float, *, adopt: bool) -> 
     refuse_capabilities(_effective_capabilities())
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(open_target(path))
-        refuse_nested(target, _around(target))
+        around = _around(target)
+        refuse_nested(target, around, [mount for mount in around if _is_recorded(places, mount)])
         places.prepare(target.path)
         stack.enter_context(locked(places.lock(target.path), deadline, target.path))
         target = target.refreshed()
@@ -108,32 +116,97 @@ def _ancestors(fd: Fd) -> set[tuple[int, int]]:
         found.add(identity)
 
 
-def refuse_image(path: bytes, scene: Scene, base: Fd) -> None:
-    """Refuse an image that is the target, contains it, or lies in it, by whatever path."""
+def absolute(path: bytes, what: str) -> bytes:
+    """Return a path as it is recorded: taken from the working directory where it is relative."""
+    if not path:
+        raise UsageError(f"no-{what}", f"the name of the {what} is empty", "name a path")
+    if path.startswith(b"/"):
+        return path
+    try:
+        return os.path.join(os.getcwdb(), path)
+    except FileNotFoundError as error:
+        raise RefusedError(
+            f"{what}-relative-to-nothing",
+            f"{show(path)}: the working directory is gone, a relative path leads nowhere",
+            "give an absolute path",
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """A file or directory as its filesystem knows it, by whatever mount it is reached: its path in there."""
+
+    device: tuple[int, int]
+    path: bytes
+
+    @classmethod
+    def of(cls, mount: Mount, path: bytes) -> _Spot | None:
+        """Take it from a mount and a path that leads through it; None where the mount's place is out of sight."""
+        if not mount.point or not (path + b"/").startswith(mount.point.rstrip(b"/") + b"/"):
+            return None
+        return cls(mount.device, os.path.normpath(mount.root + b"/" + path[len(mount.point) :]).replace(b"//", b"/"))
+
+    def holds(self, other: _Spot) -> bool:
+        """Whether the other is this one, or lies in it."""
+        within = (other.path + b"/").startswith(self.path.rstrip(b"/") + b"/")
+        return self.device == other.device and within
+
+
+def _content(scene: Scene) -> list[_Spot]:
+    """Return where the target's content lies: what is seen, and base."""
     target, old = scene.target, scene.live.old
+    # A directory that is the content by itself keeps nothing busy, and is known by the target's path alone.
+    shown = [old] if old is not None and (old.root == b"/" or old.fstype == "overlay") else []
+    spots = [_Spot(mount.device, mount.root) for mount in (*shown, *target.stack[: -1 if old is not None else None])]
+    bare = _Spot.of(target.around, target.path)
+    return [*spots, *([bare] if bare is not None else [])]
+
+
+def _backing_file(file: Fd) -> bytes | None:
+    """Return the path of the file behind a loop device, or None for anything else."""
+    found = os.fstat(file.fileno())
+    if not stat.S_ISBLK(found.st_mode):
+        return None
+    device = b"%d:%d" % (os.major(found.st_rdev), os.minor(found.st_rdev))
+    with contextlib.suppress(OSError), open(b"/sys/dev/block/%s/loop/backing_file" % device, "rb") as file_:
+        return file_.read().removesuffix(b"\n")
+    return None
+
+
+def refuse_inside(what: str, path: bytes, scene: Scene, base: Fd) -> None:
+    """Refuse an image, or another base, that is the target, contains it, or lies in it, by whatever path."""
+    target = scene.target
     try:
         real = os.path.realpath(path, strict=True)
-        folder = real if os.path.isdir(real) else os.path.dirname(real)
-        opened = openat2(AT_FDCWD, folder, os.O_PATH | os.O_DIRECTORY)
+        opened = openat2(AT_FDCWD, real, os.O_PATH)
     except (OSError, KernelError, ValueError):
         return  # opening it will say what is wrong
     with opened:
         holder = look(mount_id(opened))
+        spot = _Spot.of(holder, real)
+        folder = stat.S_ISDIR(os.fstat(opened.fileno()).st_mode)
         bottom = os.fstat(base.fileno())
-        above = _ancestors(opened)
-        inside = (
-            (real + b"/").startswith(target.path + b"/")
-            or (old is not None and old.root == b"/" and holder.device == old.device)
-            or (bottom.st_dev, bottom.st_ino) in above
-        )
-        status = os.stat(real)
-        contains = (target.path + b"/").startswith(real + b"/") or (
-            folder == real and (status.st_dev, status.st_ino) in _ancestors(target.parent)
-        )
+        behind = _backing_file(opened)
+    with openat2(AT_FDCWD, real if folder else os.path.dirname(real), os.O_PATH | os.O_DIRECTORY) as around:
+        above = _ancestors(around)
+        here = os.fstat(around.fileno())
+    inside = (
+        (real + b"/").startswith(target.path + b"/")
+        or (bottom.st_dev, bottom.st_ino) in above
+        or (spot is not None and any(content.holds(spot) for content in _content(scene)))
+    )
+    place = _Spot.of(target.around, target.path)
+    contains = folder and (
+        (target.path + b"/").startswith(real.rstrip(b"/") + b"/")
+        or (here.st_dev, here.st_ino) in _ancestors(target.parent)
+        or (spot is not None and place is not None and spot.holds(place))
+    )
     if inside or contains:
-        how = "lies in" if inside and real != target.path else "is" if real == target.path else "contains"
+        how = "is" if real == target.path else "lies in" if inside else "contains"
         raise RefusedError(
-            "image-in-target",
-            f"{show(path)} {how} the target {show(target.path)}: mounted there, it would keep itself busy for ever",
-            "copy the image to a place outside of the target",
+            f"{what}-in-target",
+            f"{show(path)} {how} the target {show(target.path)}: used for it, it would keep itself busy for ever",
+            f"copy the {what} to a place outside of the target",
         )
+    if behind is not None and behind != real:
+        refuse_inside(what, behind, scene, base)

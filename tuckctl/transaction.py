@@ -18,24 +18,30 @@ from tuckctl.errors import FailedError, KernelError, PartialError, RefusedError,
 from tuckctl.exchange import Exchange, Revealed, run, take_off
 from tuckctl.generations import Current, Generation, ImageRecord
 from tuckctl.images import Image, Store, mount_image, open_image, reopen_image
+from tuckctl.kernel.fd import reserve
 from tuckctl.kernel.flags import AT_FDCWD
 from tuckctl.kernel.syscalls import open_tree, openat2, show
 from tuckctl.locks import locked
-from tuckctl.overlay import Overlay, assemble, source_name
+from tuckctl.overlay import Overlay, assemble, source_file_name, source_name
 from tuckctl.places import Places
 from tuckctl.plan import BUSY, attributes, option_names, parse_options, refuse_layers
-from tuckctl.prune import prune
+from tuckctl.prune import drop_generations, drop_images
 from tuckctl.receivers import describe, observe, remedies
 from tuckctl.results import Holder, TargetResult, TransactionResult, infos
-from tuckctl.scene import Scene, lock_base, open_scene, refuse_image
+from tuckctl.scene import Scene, absolute, lock_base, open_scene, refuse_inside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tuckctl.carry import Carriage
     from tuckctl.images import Progress
+    from tuckctl.generations import Draft
     from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.flags import MountAttr
+
+
+_DESCRIPTORS = 32
+"""How many descriptors are seen to be free before the tuck: after it, none may be lacking."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +67,8 @@ def check_request(request: Request) -> None:
         raise UsageError("unknown-value", f"--busy {request.busy}: it is one of {', '.join(BUSY)}")
     if not request.timeout >= 0:
         raise UsageError("unknown-value", f"--timeout {request.timeout}: it is a number of seconds, 0 or more")
-    if request.keep < 1:
-        raise UsageError("unknown-value", f"--keep {request.keep}: at least 1 generation is kept")
+    if request.keep < 0:
+        raise UsageError("unknown-value", f"--keep {request.keep}: it is a number of generations, 0 or more")
     if request.sha256 and len(request.sha256) != len(request.images):
         raise UsageError(
             "digest-count",
@@ -75,11 +81,12 @@ def check_request(request: Request) -> None:
 
 def swap(path: bytes, request: Request) -> TransactionResult:
     """Replace the target's content by these images over base."""
-    check_request(request)
     places = Places.from_environment()
-    deadline = time.monotonic() + request.timeout
     with begin("swap", path) as course, contextlib.ExitStack() as stack:
+        check_request(request)
+        deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
+        course.so_far = _as_it_is(scene)
         base = _base_of(request, scene)
         refuse_layers(len(request.images), base)
         flags = attributes(scene.target, scene.live, request.options)
@@ -87,9 +94,9 @@ def swap(path: bytes, request: Request) -> TransactionResult:
         images = _open_images(stack, course, scene, request, places, deadline, bottom)
         if _unchanged(scene, images, flags, base):
             return _report_unchanged(course, scene)
-        scene = _adopt(scene, course)
+        adopted, scene = _adopt(scene, course)
         generation = Generation(
-            scene.records.next_number(),
+            adopted.number + 1 if adopted is not None else scene.records.next_number(),
             scene.target.path,
             tuple(ImageRecord(image.path, image.format, image.sha256, image.kept) for image in images),
             option_names(flags),
@@ -101,26 +108,31 @@ def swap(path: bytes, request: Request) -> TransactionResult:
         course.enter("assemble")
         carriage = stack.enter_context(gather(scene.target))
         new = _mount_content(stack, images, base, bottom, generation.number, flags, scene, places)
-        scene.records.write(generation)
+        exchange = _prepare(scene, new, carriage)
+        for record in (adopted, generation):
+            if record is not None:
+                scene.records.write(record)
         try:
-            result = _exchange(course, scene, new, carriage, generation, request.busy, deadline, places)
+            result = _exchange(course, scene, exchange, generation, request.busy, deadline, places)
         except PartialError:
             raise
         except BaseException as error:
             with contextlib.suppress(TuckError):
                 scene.records.write(replace(generation, outcome=getattr(error, "outcome", "undone")))
             raise
-    prune(places, scene.target.path, request.keep)
+        drop_generations(scene.records, request.keep)
+    drop_images(places)
     return result
 
 
 def rollback(path: bytes, request: Request) -> TransactionResult:
     """Bring back the generation that was live before, or a given one, by the same tuck."""
-    check_request(request)
     places = Places.from_environment()
-    deadline = time.monotonic() + request.timeout
     with begin("rollback", path) as course, contextlib.ExitStack() as stack:
+        check_request(request)
+        deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=False))
+        course.so_far = _as_it_is(scene)
         generation = _generation_to(scene, request.to)
         flags = parse_options(",".join(generation.options))[0]
         bottom = stack.enter_context(lock_base(scene, deadline))
@@ -139,30 +151,40 @@ def rollback(path: bytes, request: Request) -> TransactionResult:
             stack.enter_context(new)
         else:
             store = Store(places.state)
+            for image in generation.images:
+                if not image.kept:
+                    refuse_inside("image", image.path, scene, bottom)
             images = [stack.enter_context(_reopen(image, store, request)) for image in generation.images]
             course.enter("assemble")
             new = _mount_content(stack, images, generation.base, bottom, generation.number, flags, scene, places)
         carriage = stack.enter_context(gather(scene.target))
-        return _exchange(course, scene, new, carriage, generation, request.busy, deadline, places)
+        exchange = _prepare(scene, new, carriage)
+        return _exchange(course, scene, exchange, generation, request.busy, deadline, places)
 
 
 def detach(path: bytes, request: Request) -> TransactionResult:
     """Take the overlay off: base is seen again, in one step."""
-    check_request(request)
     places = Places.from_environment()
-    deadline = time.monotonic() + request.timeout
     with begin("detach", path) as course, contextlib.ExitStack() as stack:
+        check_request(request)
+        deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
+        course.so_far = _as_it_is(scene)
         target, old = scene.target, scene.live.old
         if old is None:
             return course.result("unchanged", TargetResult(target.path, None, _previous(scene), None))
         stack.enter_context(lock_base(scene, deadline))
-        scene = _adopt(scene, course)
+        adopted, scene = _adopt(scene, course)
+        if adopted is not None:
+            scene.records.write(adopted)
+        before = scene.live.generation
+        reserve(_DESCRIPTORS)
+        record = scene.records.draft_current(Current(None, before, scene.boot_id, scene.namespace, 0))
+        stack.enter_context(record)
         revealed = take_off(target, old, request.busy, deadline, course.enter)
         course.enter("record")
+        _publish(course, record)
         pins.unpin(places.run, target.path)
-        before = scene.live.generation
-        _record(course, scene, Current(None, before, scene.boot_id, scene.namespace, 0))
         holders = _note_holders(scene, revealed, places)
         stale = describe(revealed.stale, state="stale", generation=before, target=target.path)
         result = TargetResult(target.path, None, before, None, (), stale, revealed.unseen, holders)
@@ -173,18 +195,34 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def _previous(scene: Scene) -> int | None:
-    """Return the generation that the next one will have had before it."""
-    if scene.live.generation is not None:
-        return scene.live.generation
-    return (scene.current.generation or scene.current.previous) if scene.current else None
+def _previous(scene: Scene, number: int | None = None) -> int | None:
+    """Return the generation that generation `number`, when it is live next, will have had before it."""
+    current = scene.current
+    before = [scene.live.generation]
+    if current is not None:
+        before += [current.generation, current.previous]
+    found = next((each for each in before if each is not None and each != number), None)
+    if found is None and number is not None:
+        # After a detach and a rollback: what was live before this one, and not before the detach.
+        earlier = (scene.records.get(each) for each in reversed(scene.records.numbers()) if each < number)
+        found = next((each.number for each in earlier if each and each.outcome in ("swapped", "adopted")), None)
+    return found
+
+
+def _as_it_is(scene: Scene) -> TargetResult:
+    """Describe the target before anything is done: what a failure leaves."""
+    live = scene.live
+    recorded = scene.records.get(live.generation) if live.generation is not None else None
+    images = infos(recorded.images if recorded else ())
+    previous = scene.current.previous if scene.current else None
+    return TargetResult(scene.target.path, live.generation, previous, live.old.id if live.old else None, images)
 
 
 def _base_of(request: Request, scene: Scene) -> bytes:
     if request.base is not None:
         if request.base in (b"under", b"none"):
             return request.base
-        return os.path.join(os.getcwdb(), request.base)
+        return absolute(request.base, "base")
     recorded = scene.records.get(scene.live.generation) if scene.live.generation is not None else None
     return recorded.base if recorded is not None else b"under"
 
@@ -198,9 +236,9 @@ def _open_images(
     deadline: float,
     bottom: Fd,
 ) -> list[Image]:
-    paths = [os.path.join(os.getcwdb(), image) for image in request.images]
+    paths = [absolute(image, "image") for image in request.images]
     for path in paths:
-        refuse_image(path, scene, bottom)
+        refuse_inside("image", path, scene, bottom)
     course.enter("images")
     stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
     store = Store(places.state)
@@ -243,13 +281,17 @@ def _mount_content(
     """Mount the images over base, detached; a single image without base is itself the content."""
     target = scene.target.path
     if base == b"none" and len(images) == 1:
-        name = source_name(target, number)
+        name = source_file_name(target, number, places.scratch)
         mount = mount_image(images[0], attributes=flags, source=name, scratch=places.scratch)
         return stack.enter_context(mount)
-    layers = [stack.enter_context(mount_image(image, scratch=places.scratch)) for image in images]
+    layers = []
+    for image in images:
+        layers.append(stack.enter_context(mount_image(image, scratch=places.scratch)))
+        image.close()  # there may be as many as overlayfs takes, and the mount keeps the file
     if base == b"under":
         layers.append(bottom)
     elif base != b"none":
+        refuse_inside("base", base, scene, bottom)
         try:
             layers.append(stack.enter_context(openat2(AT_FDCWD, base, os.O_PATH | os.O_DIRECTORY)))
         except KernelError as error:
@@ -293,11 +335,18 @@ def _report_unchanged(course: Course, scene: Scene) -> TransactionResult:
     return course.result("unchanged", result)
 
 
+def _before(scene: Scene) -> int | None:
+    """Return the generation that was live before the one that is; the record is not believed about that one."""
+    current, live = scene.current, scene.live.generation
+    if current is None:
+        return None
+    return current.previous if live is None or live == current.generation else current.generation
+
+
 def _generation_to(scene: Scene, number: int | None) -> Generation:
     wanted = number
     if wanted is None:
-        current = scene.current
-        wanted = current.previous if current is not None else None
+        wanted = _before(scene)
     where = show(scene.target.path)
     if wanted is None:
         raise RefusedError("no-generation", f"{where} has no generation to go back to", f"tuckctl history {where}")
@@ -307,56 +356,61 @@ def _generation_to(scene: Scene, number: int | None) -> Generation:
     return generation
 
 
-def _adopt(scene: Scene, course: Course) -> Scene:
-    """Put a foreign overlay on record as a generation, so that there is a way back to it."""
+def _adopt(scene: Scene, course: Course) -> tuple[Generation | None, Scene]:
+    """Make a foreign overlay a generation, to be recorded, so that there is a way back to it."""
     live = scene.live
     if not live.adopted or live.generation is not None or live.old is None:
-        return scene
+        return None, scene
     number = scene.records.next_number()
     source = ImageRecord(live.old.source, live.old.fstype, None, kept=False)
     options = option_names(live.old.attributes)
-    scene.records.write(
-        Generation(
-            number, scene.target.path, (source,), options, b"under", _now(), course.transaction, "adopted", adopted=True
-        )
+    adopted = Generation(
+        number, scene.target.path, (source,), options, b"under", _now(), course.transaction, "adopted", adopted=True
     )
-    return replace(scene, live=replace(live, generation=number))
+    return adopted, replace(scene, live=replace(live, generation=number))
+
+
+def _prepare(scene: Scene, new: Fd, carriage: Carriage) -> Exchange:
+    """Attach the submounts, unseen; refuse what has no place. Nothing is on record yet."""
+    exchange = Exchange(scene.target, scene.live.old, new, carriage)
+    carriage.attach(new, parent_shared=exchange.parent_shared)
+    reserve(_DESCRIPTORS)
+    return exchange
 
 
 def _exchange(
     course: Course,
     scene: Scene,
-    new: Fd,
-    carriage: Carriage,
+    exchange: Exchange,
     generation: Generation,
     busy: str,
     deadline: float,
     places: Places,
 ) -> TransactionResult:
-    """Tuck, verify, reveal, record."""
+    """Tuck, verify, reveal, record. The records are on the disk before the tuck, and only get their names after it."""
     target, live = scene.target, scene.live
-    exchange = Exchange(target, live.old, new, carriage)
-    carriage.attach(new, parent_shared=exchange.parent_shared)
+    if not generation.adopted:
+        generation = replace(generation, outcome="swapped")
+    previous = _previous(scene, generation.number)
+    current = Current(generation.number, previous, scene.boot_id, scene.namespace, exchange.new_id)
     with contextlib.ExitStack() as stack:
+        records = [stack.enter_context(scene.records.draft(generation))]
+        records.append(stack.enter_context(scene.records.draft_current(current)))
         keepsake = stack.enter_context(open_tree(target.parent, target.name, clone=True)) if live.adopted else None
         revealed = run(exchange, busy, deadline, course.enter)
         course.enter("record")
+        _publish(course, *records)
         if keepsake is not None or generation.adopted or course.command == "swap":
             pins.unpin(places.run, target.path)
         if keepsake is not None:
             pins.pin(places.run, target.path, keepsake)
-    if generation.outcome == "pending":
-        generation = replace(generation, outcome="swapped")
-    identity = revealed.mount_id
-    current = Current(generation.number, _previous(scene), scene.boot_id, scene.namespace, identity)
-    _record(course, scene, current, generation)
     receivers = describe(revealed.receivers, state="updated", generation=generation.number)
     stale = describe(revealed.stale, state="stale", generation=live.generation, target=target.path)
     result = TargetResult(
         target.path,
         generation.number,
         current.previous,
-        identity,
+        revealed.mount_id,
         infos(generation.images),
         receivers + stale,
         revealed.unseen,
@@ -365,15 +419,14 @@ def _exchange(
     return _conclude(course, result, stale, revealed.unseen)
 
 
-def _record(course: Course, scene: Scene, current: Current, generation: Generation | None = None) -> None:
+def _publish(course: Course, *records: Draft) -> None:
     """Record what is live now; it is too late to go back, so a failure is told and no more."""
     try:
-        if generation is not None:
-            scene.records.write(generation)
-        scene.records.make_current(current)
+        for record in records:
+            record.publish()
     except TuckError as error:
         late = PartialError("not-recorded", f"the new content is live, but could not be recorded: {error}", error.hint)
-        late.result = course.result(late.outcome, None, late)
+        late.result = course.result(late.outcome, course.so_far, late)
         raise late from error
 
 

@@ -14,6 +14,7 @@ import os
 import shutil
 import stat
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ class System(NamedTuple):
 def _source() -> tuple[str, str]:
     """Return the mirror of this machine's apt, and its release."""
     try:
-        listed = run("apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT) $(CREATED_BY) $(ORIGIN)")
+        listed = run(
+            "apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT) $(CREATED_BY) $(ORIGIN)"
+        )
     except FileNotFoundError:
         pytest.skip("apt-get is missing: there is no mirror to install Debian from")
     for line in listed.splitlines():
@@ -106,7 +109,12 @@ def chroot(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """Run a program of the tree; it must succeed."""
     environment = {"PATH": _PATH, "LC_ALL": "C", "DEBIAN_FRONTEND": "noninteractive"}
     done = subprocess.run(
-        ["chroot", root, *command], capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, check=False
+        ["chroot", root, *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        check=False,
     )
     assert done.returncode == 0, (command, done.stdout, done.stderr)
     return done
@@ -136,10 +144,9 @@ def _settle(root: Path) -> None:
     (etc / "name with spaces").write_text("old\n")
     (etc / "shape").symlink_to("hosts")
     chroot(root, "useradd", "--system", "--comment", "Courier, before", "courier")
-    _install_sample(root, "1.0", ("asked", "kept", "dropped"), "")
-    (etc / "sample/snippets").mkdir()
-    (etc / "sample/snippets/one").write_text("1\n")
-    _append(etc / "sample/asked", "# changed by the administrator\n")
+    files = {"yielded": "1.0", "kept": "1.0", "dropped": "1.0"}
+    _install_sample(root, "1.0", files, "sample/snippets/one", "", "--force-confnew")
+    _append(etc / "sample/yielded", "# changed by the administrator\n")
     _append(etc / "sample/kept", "# changed by the administrator\n")
 
 
@@ -152,12 +159,13 @@ def _update(root: Path) -> None:
     etc = root / "etc"
     script = (
         "#!/bin/sh\nset -e\n"
-        "dpkg-maintscript-helper rm_conffile /etc/sample/dropped 1.5~ -- \"$@\"\n"
-        "dpkg-maintscript-helper dir_to_symlink /etc/sample/snippets ../sample-common 1.5~ -- \"$@\"\n"
+        'dpkg-maintscript-helper rm_conffile /etc/sample/dropped 1.5~ -- "$@"\n'
+        'dpkg-maintscript-helper dir_to_symlink /etc/sample/snippets ../sample-common 1.5~ -- "$@"\n'
     )
-    (etc / "sample-common").mkdir()
-    (etc / "sample-common/one").write_text("1, in common\n")
-    _install_sample(root, "2.0", ("asked", "kept", "added"), script)
+    files = {"yielded": "1.0", "kept": "2.0", "added": "2.0"}
+    _install_sample(root, "2.0", files, "sample-common/one", script, "--force-confold")
+    files = {"yielded": "2.1", "kept": "2.0", "added": "2.0"}
+    _install_sample(root, "2.1", files, "sample-common/one", script, "--force-confnew")
     chroot(root, "useradd", "--system", "--comment", "Relay", "relay")
     chroot(root, "usermod", "--comment", "Courier, after", "--shell", "/bin/sh", "courier")
     chroot(root, "groupadd", "--system", "relays")
@@ -179,7 +187,8 @@ def _update(root: Path) -> None:
     (etc / "motd").unlink()
     (etc / "motd").symlink_to("issue")
     (etc / "part").unlink()
-    (etc / "part").mkdir(mode=0o2750)
+    (etc / "part").mkdir()
+    (etc / "part").chmod(0o2750)
     (etc / "part/within").write_text("a directory now\n")
     (etc / "name with spaces").write_text("new, and longer\n")
     (etc / "shape").unlink()
@@ -189,14 +198,19 @@ def _update(root: Path) -> None:
     os.setxattr(etc / "issue", "user.origin", b"the update")
 
 
-def _install_sample(root: Path, version: str, names: tuple[str, ...], script: str) -> None:
-    """Install a package with configuration files by the tree's dpkg: one is kept, one replaced if it was changed."""
+def _install_sample(root: Path, version: str, files: dict[str, str], shipped: str, script: str, answer: str) -> None:
+    """Install a package with configuration files, and a file that is none, by the tree's dpkg.
+
+    `answer` is what the administrator says where both have changed a file.
+    """
     build = root / "tmp/sample"
     (build / "DEBIAN").mkdir(parents=True)
     (build / "etc/sample").mkdir(parents=True)
-    for name in names:
-        (build / "etc/sample" / name).write_text(f"{name} = {version}\n")
-    (build / "DEBIAN/conffiles").write_text("".join(f"/etc/sample/{name}\n" for name in names))
+    for name, content in files.items():
+        (build / "etc/sample" / name).write_text(f"{name} = {content}\n")
+    (build / "etc" / shipped).parent.mkdir(exist_ok=True)
+    (build / "etc" / shipped).write_text(f"shipped with {version}\n")
+    (build / "DEBIAN/conffiles").write_text("".join(f"/etc/sample/{name}\n" for name in files))
     (build / "DEBIAN/control").write_text(
         f"Package: sample\nVersion: {version}\nArchitecture: all\nMaintainer: nobody <nobody@example.org>\n"
         "Description: configuration files to update\n"
@@ -205,8 +219,6 @@ def _install_sample(root: Path, version: str, names: tuple[str, ...], script: st
         (build / "DEBIAN" / name).write_text(script)
         (build / "DEBIAN" / name).chmod(0o755)
     chroot(root, "dpkg-deb", "--build", "--root-owner-group", "/tmp/sample", "/tmp/sample.deb")
-    # An administrator's answers: keep mine here, take theirs there.
-    answer = "--force-confnew" if version == "1.0" else "--force-confold"
     chroot(root, "dpkg", answer, "--install", "/tmp/sample.deb")
     shutil.rmtree(build)
     (root / "tmp/sample.deb").unlink()
@@ -255,10 +267,9 @@ def listing(folder: Path) -> dict[str, tuple[object, ...]]:
             content = os.readlink(path)
         elif stat.S_ISREG(status.st_mode):
             content = path.read_bytes()
-        attributes = {
-            name: os.getxattr(path, name, follow_symlinks=False)
-            for name in os.listxattr(path, follow_symlinks=False)
-            if not name.startswith("trusted.overlay.")
-        }
+        attributes = {}
+        with suppress(OSError):  # a squashfs image without any says that it does not support them
+            for name in os.listxattr(path, follow_symlinks=False):
+                attributes[name] = os.getxattr(path, name, follow_symlinks=False)
         found[str(path.relative_to(folder))] = (status.st_mode, status.st_uid, status.st_gid, content, attributes)
     return found

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
     from typing import Self
+
+
+_STANDARD_ERROR = 2
 
 
 class Fd:
@@ -61,3 +66,28 @@ class Fd:
     def __repr__(self) -> str:
         """Show the number, or that it is closed."""
         return f"Fd({self._number})" if self._number >= 0 else "Fd(closed)"
+
+
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Keep closed standard streams from becoming the tool's own files: what is printed would go into those."""
+    filled = []
+    try:
+        while (number := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) <= _STANDARD_ERROR:
+            filled.append(number)
+        os.close(number)
+        yield
+    finally:
+        for number in filled:
+            os.close(number)
+
+
+def reserve(count: int) -> None:
+    """See that so many more descriptors can be had. Raises OSError (EMFILE, ENFILE)."""
+    held = []
+    try:
+        for _ in range(count):
+            held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+    finally:
+        for number in held:
+            os.close(number)

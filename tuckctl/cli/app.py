@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands and their options. Each returns the job that it is; nothing is done here, nor imported for it."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from tuckctl import __version__
+from tuckctl.cli.operands import parse
+from tuckctl.cli.options import Adopt, Busy, Job, Json, LogFormat, LogLevel, Target, Timeout
+
+_COMMANDS = "tuckctl.commands"
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Replace a live overlay mount, and nobody sees the moment.",
+    epilog="See tuckctl(8).",
+)
+
+
+def _show_version(value: bool) -> None:  # noqa: FBT001 - typer calls it
+    if value:
+        print(f"tuckctl {__version__}")  # noqa: T201 - the command line
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="show the version and exit")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def swap(
+    operands: Annotated[list[str], typer.Argument(metavar="TARGET IMAGE... | TARGET=IMAGE", show_default=False)],
+    *,
+    busy: Busy = "lazy",
+    timeout: Timeout = 30.0,
+    base: Annotated[
+        str | None, typer.Option(metavar="under|none|DIR", help="what lies at the bottom; as before, at first: under")
+    ] = None,
+    options: Annotated[str | None, typer.Option(metavar="FLAGS", help="mount flags, as in fstab(5)")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="use image files where they lie, keep no copy")] = False,
+    adopt: Adopt = False,
+    sha256: Annotated[
+        list[str] | None, typer.Option(metavar="HEX", help="an image's digest; one for each image, in their order")
+    ] = None,
+    keep: Annotated[int, typer.Option(metavar="N", help="generations kept, besides those in use")] = 5,
+    json: Json = False,
+    log_format: LogFormat = "",
+    log_level: LogLevel = "",
+) -> Job:
+    """Replace a target's content by images. The first image is topmost."""
+    targets = parse([os.fsencode(operand) for operand in operands])
+    chosen = {
+        "busy": busy,
+        "timeout": timeout,
+        "base": base,
+        "options": options,
+        "in_place": in_place,
+        "adopt": adopt,
+        "sha256": sha256 or (),
+        "keep": keep,
+    }
+    return Job(
+        "swap", _COMMANDS, (targets,), chosen, json, log_format, log_level, "transaction", changes=True, progress=True
+    )
+
+
+@app.command()
+def status(
+    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", show_default=False)] = None,
+    *,
+    json: Json = False,
+    log_format: LogFormat = "",
+    log_level: LogLevel = "",
+) -> Job:
+    """Show what is live on a target, or on all, and who sees it."""
+    return Job("status", _COMMANDS, (target,), {}, json, log_format, log_level, "status")
+
+
+@app.command()
+def history(target: Target, *, json: Json = False, log_format: LogFormat = "", log_level: LogLevel = "") -> Job:
+    """List a target's generations, the newest first."""
+    return Job("history", _COMMANDS, (target,), {}, json, log_format, log_level, "history")
+
+
+@app.command()
+def holders(target: Target, *, json: Json = False, log_format: LogFormat = "", log_level: LogLevel = "") -> Job:
+    """List who still uses a replaced overlay, and what to restart."""
+    return Job("holders", _COMMANDS, (target,), {}, json, log_format, log_level, "holders")
+
+
+@app.command()
+def rollback(
+    target: Target,
+    *,
+    to: Annotated[
+        int | None, typer.Option(metavar="GENERATION", help="which one; without it, the one that was live before")
+    ] = None,
+    busy: Busy = "lazy",
+    timeout: Timeout = 30.0,
+    json: Json = False,
+    log_format: LogFormat = "",
+    log_level: LogLevel = "",
+) -> Job:
+    """Go back to the generation before. Twice is back again."""
+    chosen = {"to": to, "busy": busy, "timeout": timeout}
+    return Job(
+        "rollback",
+        _COMMANDS,
+        (target,),
+        chosen,
+        json,
+        log_format,
+        log_level,
+        "transaction",
+        changes=True,
+        progress=True,
+    )
+
+
+@app.command()
+def detach(
+    target: Target,
+    *,
+    busy: Busy = "lazy",
+    timeout: Timeout = 30.0,
+    adopt: Adopt = False,
+    json: Json = False,
+    log_format: LogFormat = "",
+    log_level: LogLevel = "",
+) -> Job:
+    """Take the overlay off, back to base."""
+    chosen = {"busy": busy, "timeout": timeout, "adopt": adopt}
+    return Job("detach", _COMMANDS, (target,), chosen, json, log_format, log_level, "transaction", changes=True)
+
+
+@app.command()
+def demo(*, json: Json = False, log_format: LogFormat = "", log_level: LogLevel = "") -> Job:
+    """Swap for real in namespaces of its own, beside unmount-and-mount. Needs no root."""
+    return Job("demo", "tuckctl.demonstration", (), {}, json, log_format, log_level, "demo", progress=True)

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options that more than one command has, and what is asked for once they are read."""
+
+from typing import Annotated, Any, NamedTuple
+
+import typer
+
+Target = Annotated[str, typer.Argument(metavar="TARGET", show_default=False)]
+Busy = Annotated[
+    str, typer.Option(metavar="lazy|wait|fail", help="old still in use: detach it; wait, then undo; undo at once")
+]
+Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="deadline of waiting, for --busy and for locks")]
+Adopt = Annotated[bool, typer.Option("--adopt", help="take over an overlay that tuckctl did not make")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
+LogFormat = Annotated[str, typer.Option(metavar="console|json", show_default="console", help="how events are logged")]
+LogLevel = Annotated[
+    str, typer.Option(metavar="debug|info|warning|error", show_default="warning", help="which events are logged")
+]
+
+
+class Job(NamedTuple):
+    """What a command line asks for: a function of a module, its arguments, and how its document is told."""
+
+    command: str
+    module: str
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+    json: bool
+    log_format: str
+    log_level: str
+    picture: str
+    """The function in tuckctl.cli.pictures that draws the document for people."""
+    changes: bool = False
+    """Whether it works on a target: then an interruption is heeded only where it can be undone."""
+    progress: bool = False
+    """Whether the function tells of its progress."""

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frozen classes that cost nothing to define.
+
+dataclasses compiles several functions for each class: for ours, that took longer than a swap, each
+time the command line started. These share theirs, and are dataclasses to whoever asks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar, dataclass_transform
+
+_T = TypeVar("_T")
+
+
+class _Fields:
+    """The fields as dataclasses.fields, replace and asdict want them, made when one of them is called."""
+
+    def __get__(self, instance: object, owner: Any) -> Any:
+        from dataclasses import field, make_dataclass  # noqa: PLC0415 - nobody else needs it
+
+        defaults, names = owner._frozen_defaults, owner.__match_args__  # noqa: SLF001 - our own
+        made = make_dataclass(
+            owner.__name__,
+            [
+                (name, owner.__annotations__[name], field(default=defaults[name]) if name in defaults else field())
+                for name in names
+            ],
+            init=False,
+            repr=False,
+            eq=False,
+        )
+        owner.__dataclass_fields__ = made.__dataclass_fields__  # type: ignore[attr-defined]
+        return owner.__dataclass_fields__
+
+
+def _init(self: Any, *values: Any, **named: Any) -> None:
+    names = self.__match_args__
+    have = self.__dict__
+    have.update(self._frozen_defaults)
+    have.update(zip(names, values, strict=False))
+    have.update(named)
+    if len(have) != len(names) or len(values) > len(names) or not set(names[len(values) :]).issuperset(named):
+        have.clear()
+        msg = (
+            f"{type(self).__name__}({', '.join(names)}): got {len(values)} values and {', '.join(named) or 'no names'}"
+        )
+        raise TypeError(msg)
+
+
+def _values(self: Any) -> tuple[Any, ...]:
+    return tuple(map(self.__dict__.__getitem__, self.__match_args__))
+
+
+def _eq(self: Any, other: object) -> bool:
+    return self.__dict__ == other.__dict__ if type(other) is type(self) else NotImplemented
+
+
+def _hash(self: Any) -> int:
+    return hash(_values(self))
+
+
+def _repr(self: Any) -> str:
+    shown = ", ".join(f"{name}={value!r}" for name, value in zip(self.__match_args__, _values(self), strict=True))
+    return f"{type(self).__qualname__}({shown})"
+
+
+def _refuse(_self: object, name: str, _value: object = None) -> None:
+    from dataclasses import FrozenInstanceError  # noqa: PLC0415 - only for who tries
+
+    raise FrozenInstanceError(name)
+
+
+_METHODS = {
+    "__init__": _init,
+    "__eq__": _eq,
+    "__hash__": _hash,
+    "__repr__": _repr,
+    "__setattr__": _refuse,
+    "__delattr__": _refuse,
+    "__dataclass_fields__": _Fields(),
+}
+
+
+@dataclass_transform(frozen_default=True)
+def frozen(cls: type[_T]) -> type[_T]:
+    """Make a class's annotated names its fields, given in their order or by name, and unchangeable."""
+    names = tuple(cls.__annotations__)
+    setattr(cls, "__match_args__", names)  # noqa: B010 - no class declares it
+    setattr(cls, "_frozen_defaults", {name: vars(cls)[name] for name in names if name in vars(cls)})  # noqa: B010
+    for name, method in _METHODS.items():
+        setattr(cls, name, method)
+    return cls
