@@ -78,9 +78,8 @@ static void look_for_watches(struct search *search, int process, const char *fd,
     fclose(lines);
 }
 
-static bool each(int process, const char *folder, struct search *search, int32_t pid) {
-    bool maps = folder[0] == 'm';
-    int fd = openat(process, folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+static bool each_descriptor(int process, struct search *search, int32_t pid) {
+    int fd = openat(process, "fd", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0)
         return errno == ENOENT || errno == ESRCH;
     DIR *entries = fdopendir(fd);
@@ -90,19 +89,59 @@ static bool each(int process, const char *folder, struct search *search, int32_t
     }
     const struct dirent *entry;
     while ((entry = readdir(entries)) != NULL) {
-        struct tuck_holder holder = {.pid = pid, .kind = maps ? TUCK_HOLD_MAP : TUCK_HOLD_FD};
+        struct tuck_holder holder = {.pid = pid, .kind = TUCK_HOLD_FD};
         if (entry->d_name[0] == '.')
             continue;
-        if (maps) {
-            if (sscanf(entry->d_name, "%" SCNx64 "-%" SCNx64, &holder.number, &holder.end) != 2)
-                continue;
-        } else {
-            holder.number = strtoull(entry->d_name, NULL, 10);
-            look_for_watches(search, process, entry->d_name, holder);
-        }
+        holder.number = strtoull(entry->d_name, NULL, 10);
+        look_for_watches(search, process, entry->d_name, holder);
         look(search, fd, entry->d_name, holder);
     }
     closedir(entries);
+    return true;
+}
+
+/* A program or library is mapped piece by piece: of mappings of one file in a row, one look at the first will do. */
+static bool each_mapping(int process, struct search *search, int32_t pid) {
+    char *line = NULL, *before = NULL, name[64];
+    size_t size = 0, size_before = 0;
+    int file_before = 0;
+    int maps = openat(process, "maps", O_RDONLY | O_CLOEXEC);
+    if (maps < 0)
+        return errno == ENOENT || errno == ESRCH;
+    int folder = openat(process, "map_files", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    FILE *lines = folder < 0 ? NULL : fdopen(maps, "re");
+    if (lines == NULL) {
+        bool gone = folder < 0 && (errno == ENOENT || errno == ESRCH);
+        if (folder >= 0)
+            close(folder);
+        close(maps);
+        return gone;
+    }
+    while (getline(&line, &size, lines) > 0) {
+        struct tuck_holder holder = {.pid = pid, .kind = TUCK_HOLD_MAP};
+        /* What follows the inode is a path, unless the inode is 0: that is memory without a file. */
+        uint64_t inode = 0;
+        int file = 0;
+        if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %*s %*s %n%*s %" SCNu64, &holder.number, &holder.end, &file, &inode) <
+                3 ||
+            inode == 0)
+            continue;
+        if (before == NULL || strcmp(line + file, before + file_before) != 0) {
+            snprintf(name, sizeof name, "%" PRIx64 "-%" PRIx64, holder.number, holder.end);
+            look(search, folder, name, holder);
+        }
+        char *spare = before;
+        size_t size_spare = size_before;
+        before = line;
+        size_before = size;
+        file_before = file;
+        line = spare;
+        size = size_spare;
+    }
+    free(before);
+    free(line);
+    fclose(lines);
+    close(folder);
     return true;
 }
 
@@ -134,8 +173,8 @@ int64_t tuck_find_holders(int proc, const uint64_t *mount_ids, size_t mount_coun
             continue;
         for (size_t i = 0; i < sizeof links / sizeof links[0]; i++)
             look(&search, process, links[i].name, (struct tuck_holder){.pid = (int32_t)pid, .kind = links[i].kind});
-        bool seen = each(process, "fd", &search, (int32_t)pid);
-        if (!each(process, "map_files", &search, (int32_t)pid) || !seen)
+        bool seen = each_descriptor(process, &search, (int32_t)pid);
+        if (!each_mapping(process, &search, (int32_t)pid) || !seen)
             ++*ret_unseen;
         close(process);
     }

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError, RefusedError
+from tuckctl.frozen import frozen
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import Propagation, Resolve
 from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount, move_mount_set_group, open_tree, openat2, show
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tuckctl.target import Target
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Carried:
     """One submount's clone, and where it goes: a path in its parent's clone, or in new itself."""
 

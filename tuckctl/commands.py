@@ -3,6 +3,8 @@
 
 They work from any thread, and change neither the process's working directory nor its namespaces nor
 its signal handlers. They raise subclasses of TuckError, whose `result` is the document as far as it got.
+
+Each imports what it needs when it is called: a question does not wait for what swaps are made with.
 """
 
 from __future__ import annotations
@@ -11,15 +13,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
-from tuckctl import reports as _reports
-from tuckctl import transaction as _transaction
-from tuckctl.course import begin as _begin
 from tuckctl.errors import UsageError
-from tuckctl.transaction import Request
 
 if TYPE_CHECKING:
     from tuckctl.images import Progress
-    from tuckctl.results import Holders, History, Status, TransactionResult
+    from tuckctl.results import History, Holders, Status, TransactionResult
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Busy = Literal["lazy", "wait", "fail"]
@@ -61,7 +59,10 @@ def swap(
         PartialError: new is live, but not everywhere; LockedError: another transaction holds the target.
 
     """
-    with _begin("swap", b""):
+    from tuckctl import transaction  # noqa: PLC0415 - as above
+    from tuckctl.course import begin  # noqa: PLC0415
+
+    with begin("swap", b""):
         if isinstance(target, Mapping):
             if images is not None or len(target) != 1:
                 raise UsageError("several-targets", "several targets at once are not supported yet", "name one target")
@@ -70,7 +71,7 @@ def swap(
             raise UsageError("no-image", "no image is named", "name at least one image")
         if isinstance(images, str | bytes):
             raise UsageError("no-image", "images is a sequence of paths, not one path", "write [path]")
-    request = Request(
+    request = transaction.Request(
         images=tuple(os.fsencode(image) for image in images),
         busy=busy,
         timeout=timeout,
@@ -82,7 +83,7 @@ def swap(
         keep=keep,
         progress=progress,
     )
-    return _transaction.swap(os.fsencode(target), request)
+    return transaction.swap(os.fsencode(target), request)
 
 
 def rollback(
@@ -94,27 +95,37 @@ def rollback(
     progress: Progress | None = None,
 ) -> TransactionResult:
     """Bring back the generation that was live before, or generation `to`, in the same way as a swap."""
-    request = Request(to=to, busy=busy, timeout=timeout, progress=progress)
-    return _transaction.rollback(os.fsencode(target), request)
+    from tuckctl import transaction  # noqa: PLC0415 - as above
+
+    request = transaction.Request(to=to, busy=busy, timeout=timeout, progress=progress)
+    return transaction.rollback(os.fsencode(target), request)
 
 
 def detach(
     target: StrPath, *, busy: Busy = "lazy", timeout: float = 30.0, adopt: bool = False
 ) -> TransactionResult:
     """Take the overlay off a target, back to base."""
-    return _transaction.detach(os.fsencode(target), Request(busy=busy, timeout=timeout, adopt=adopt))
+    from tuckctl import transaction  # noqa: PLC0415 - as above
+
+    return transaction.detach(os.fsencode(target), transaction.Request(busy=busy, timeout=timeout, adopt=adopt))
 
 
 def status(target: StrPath | None = None) -> Status:
     """Return the state of a target, or of every target on record, with its receivers."""
-    return _reports.status(None if target is None else os.fsencode(target))
+    from tuckctl import reports  # noqa: PLC0415 - as above
+
+    return reports.status(None if target is None else os.fsencode(target))
 
 
 def history(target: StrPath) -> History:
     """Return a target's recorded generations, newest first."""
-    return _reports.history(os.fsencode(target))
+    from tuckctl import reports  # noqa: PLC0415 - as above
+
+    return reports.history(os.fsencode(target))
 
 
 def holders(target: StrPath) -> Holders:
     """Return who still uses an overlay that was replaced on this target."""
-    return _reports.holders(os.fsencode(target))
+    from tuckctl import reports  # noqa: PLC0415 - as above
+
+    return reports.holders(os.fsencode(target))

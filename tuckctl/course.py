@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import time
-import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,7 +29,8 @@ _SYSTEM_ERRORS = {errno.EMFILE: _TOO_MANY, errno.ENFILE: _TOO_MANY}
 def _new_id() -> str:
     """Return a new transaction id: sortable by time, like UUID version 7 (RFC 9562)."""
     milliseconds = time.time_ns() // 1_000_000
-    return str(uuid.UUID(int=milliseconds << 80 | 0x7 << 76 | 0x2 << 62 | uuid.uuid4().int & ((1 << 62) - 1)))
+    digits = f"{milliseconds << 80 | 0x7 << 76 | 0x2 << 62 | int.from_bytes(os.urandom(8)) >> 2:032x}"
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Course:
     transaction: str = field(default_factory=_new_id)
     timings: dict[str, int] = field(default_factory=dict)
     warnings: list[Problem] = field(default_factory=list)
-    phase: str = "check"
+    phase: str = "look"
     is_late: bool = False
     """Whether the new content is seen already."""
     so_far: TargetResult | None = None

@@ -19,11 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from tuckctl import commands, errors, stop
 from tuckctl.errors import FailedError, KernelError, TuckError, UnsupportedError, UsageError
+from tuckctl.frozen import frozen
 from tuckctl.images import Store, mount_image, open_image
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Clone, MountAttr, Propagation, Umount
@@ -45,10 +46,11 @@ _PATIENCE = 30.0
 _GRACE = 5.0
 _NICENESS = 19
 _REST = 0.01
+_PAUSE_US = 200
 _GLANCE = os.WEXITED | os.WNOHANG | os.WNOWAIT
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Measured:
     """What the readers counted during one series of swaps. Whatever was no known content is among the errors."""
 
@@ -61,7 +63,7 @@ class Measured:
     longest_absence_us: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class DemoResult:
     """The document of demo: swaps by the tool, the same number by unmount-and-mount, before the same readers."""
 
@@ -123,29 +125,6 @@ def demo(
     tuck, naive = (Measured(**each) for each in answer["measured"])
     warnings = tuple(Problem(**each) for each in answer["warnings"])
     return DemoResult(tuck, naive, namespaces, seconds, warnings=warnings)
-
-
-def table(result: DemoResult) -> list[tuple[str, str, str]]:
-    """Return the rows of the table for people: what was counted, in swaps by the tool, in unmount-and-mount."""
-    rows = []
-    for label, name in (
-        ("swaps", "swaps"),
-        ("reads", "reads"),
-        ("reads of old", "old"),
-        ("reads of new", "new"),
-        ("reads of base", "base"),
-        ("errors", "errors"),
-    ):
-        cells = [f"{getattr(side, name):,}" if side else "" for side in (result.tuck, result.naive)]
-        rows.append((label, *cells))
-    absences = [_duration(side.longest_absence_us) if side else "" for side in (result.tuck, result.naive)]
-    return [*rows, ("longest absence", *absences)]
-
-
-def _duration(microseconds: int) -> str:
-    if microseconds == 0:
-        return "none"
-    return f"{microseconds} µs" if microseconds < 1000 else f"{microseconds / 1000:.1f} ms"
 
 
 def _end(child: int) -> None:
@@ -224,7 +203,7 @@ def _write(path: str | bytes, text: bytes) -> None:
 
 
 def _own_namespace() -> bool:
-    """Take a mount namespace to which nothing propagates and out of which nothing does. Returns whether as real root."""
+    """Take a mount namespace with no propagation to or from the caller's. Returns whether as real root."""
     users = ""
     try:
         if os.geteuid() == 0:
@@ -360,6 +339,7 @@ class _Stage:
         # Many readers on few processors would hardly let a swap through.
         os.nice(_NICENESS)
         for watch in watches:
+            watch.pause(_PAUSE_US)
             watch.look(Look.READ, self.target + b"/" + _FILE, (*_GOOD, _BASE), _GOOD)
 
     def _await_readers(self, watches: Sequence[Watch]) -> None:

@@ -108,7 +108,7 @@ class InterruptedError(TuckError):  # noqa: A001 - the field's word, and only ev
 
     def __init__(self, signal_number: int, name: str) -> None:
         """Keep the signal, which makes the exit code."""
-        super().__init__("interrupted", f"{name} received: everything is as it was")
+        super().__init__("signal-received", f"{name} received: everything is as it was")
         self.signal_number = signal_number
 
 

@@ -7,16 +7,17 @@ import contextlib
 import errno
 import os
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuckctl import stop
 from tuckctl.errors import FailedError, IncompleteError, KernelError, RefusedError, UndoneError
+from tuckctl.frozen import frozen
 from tuckctl.holding import find as find_holders
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Propagation, Resolve, Umount
 from tuckctl.kernel.syscalls import (
     Match,
+    fspick,
     listmount,
     mount_id,
     mount_setattr,
@@ -31,7 +32,7 @@ from tuckctl.receivers import Arrival, Sight, arrival, observe
 from tuckctl.target import look
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from tuckctl.carry import Carriage
     from tuckctl.kernel.syscalls import Mount
@@ -42,7 +43,7 @@ _FIRST_WAIT = 0.001
 _LONGEST_WAIT = 0.05
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Revealed:
     """What the exchange came to.
 
@@ -216,7 +217,9 @@ class Exchange:
         new = look(self.new_id)
         sight = observe([new.device] + ([self.old.device] if self.old else []))
         receivers = tuple(match for match in sight.of(new.device) if match.mount_id >= self.new_id)
-        stale = _copies_of(sight, self.old) if self.old else ()
+        # A directory, or a part of it, may follow itself: what is new has the same superblock then.
+        mine = {match.mount_id for match in receivers}
+        stale = tuple(match for match in (_copies_of(sight, self.old) if self.old else ()) if match.mount_id not in mine)
         return Revealed(self.new_id, receivers, stale, sight.unseen, ())
 
     def restore_propagation(self) -> None:
@@ -337,24 +340,38 @@ def _lost_points(match: Match) -> set[bytes]:
     return on_old - on_new
 
 
+@contextlib.contextmanager
+def _outlasting(target: Target) -> Iterator[None]:
+    """Keep the superblock that is seen at the target until the block ends, without keeping its mount busy.
+
+    As soon as it is gone, its device number is anyone's: the next one to mount something, in whatever
+    namespace, would be taken for a receiver that was left behind (fspick(2)).
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(KernelError):
+            stack.enter_context(fspick(target.parent, target.name))
+        yield
+
+
 def run(exchange: Exchange, busy: str, deadline: float, enter: Callable[[str], None]) -> Revealed:
     """Tuck, verify, reveal, verify. Whatever goes wrong before the reveal is undone with nothing exposed."""
     replaced: tuple[int, ...] = ()
     exchange.wait_if_stuck(busy, deadline)
     enter("tuck")
-    try:
-        exchange.tuck()
-        enter("verify")
-        found = exchange.verify_tucked()
-        enter("reveal")
-        replaced = exchange.reveal(busy, deadline, found)
-    except BaseException:
-        enter("undo")
-        if exchange.back_out():
-            raise
-    enter("check")
-    revealed = exchange.verify_revealed()
-    exchange.restore_propagation()
+    with _outlasting(exchange.target):
+        try:
+            exchange.tuck()
+            enter("verify")
+            found = exchange.verify_tucked()
+            enter("reveal")
+            replaced = exchange.reveal(busy, deadline, found)
+        except BaseException:
+            enter("undo")
+            if exchange.back_out():
+                raise
+        enter("check")
+        revealed = exchange.verify_revealed()
+        exchange.restore_propagation()
     return Revealed(revealed.mount_id, revealed.receivers, revealed.stale, revealed.unseen, replaced)
 
 
@@ -375,22 +392,23 @@ def take_off(target: Target, old: Mount, busy: str, deadline: float, enter: Call
     replaced: tuple[int, ...] = ()
     pause = _FIRST_WAIT
     ids = (*(match.mount_id for match in before), *(mount.id for mount in below))
-    while True:
-        try:
-            umount2(target.place, Umount.DETACH if below and not find_holders(target.path, ids, ()) else Umount(0))
-            break
-        except KernelError as error:
-            if error.errno != errno.EBUSY:
-                raise
-        if busy == "lazy":
-            umount2(target.place, Umount.DETACH)
-            replaced = ids
-            break
-        if busy == "fail" or time.monotonic() + pause > deadline:
-            raise _busy_error(target, find_holders(target.path, ids, ()))
-        stop.heed()
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_WAIT)
-    enter("check")
-    sight = observe([old.device])
+    with _outlasting(target):
+        while True:
+            try:
+                umount2(target.place, Umount.DETACH if below and not find_holders(target.path, ids, ()) else Umount(0))
+                break
+            except KernelError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+            if busy == "lazy":
+                umount2(target.place, Umount.DETACH)
+                replaced = ids
+                break
+            if busy == "fail" or time.monotonic() + pause > deadline:
+                raise _busy_error(target, find_holders(target.path, ids, ()))
+            stop.heed()
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_WAIT)
+        enter("check")
+        sight = observe([old.device])
     return Revealed(target.top_id(), (), _copies_of(sight, old), sight.unseen, replaced)

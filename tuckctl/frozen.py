@@ -17,18 +17,14 @@ class _Fields:
 
     def __get__(self, instance: object, owner: Any) -> Any:
         from dataclasses import field, make_dataclass  # noqa: PLC0415 - nobody else needs it
+        from functools import partial  # noqa: PLC0415
 
         defaults, names = owner._frozen_defaults, owner.__match_args__  # noqa: SLF001 - our own
-        made = make_dataclass(
-            owner.__name__,
-            [
-                (name, owner.__annotations__[name], field(default=defaults[name]) if name in defaults else field())
-                for name in names
-            ],
-            init=False,
-            repr=False,
-            eq=False,
-        )
+        fields = []
+        for name in names:
+            default = field(default_factory=partial(defaults.get, name)) if name in defaults else field()
+            fields.append((name, owner.__annotations__[name], default))
+        made = make_dataclass(owner.__name__, fields, init=False, repr=False, eq=False)
         owner.__dataclass_fields__ = made.__dataclass_fields__  # type: ignore[attr-defined]
         return owner.__dataclass_fields__
 

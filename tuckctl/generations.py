@@ -3,25 +3,19 @@
 
 from __future__ import annotations
 
-import base64
+import binascii
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
-import stat
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import asdict
+from typing import Any, TypeVar
 
-from tuckctl.errors import FailedError, RefusedError
+from tuckctl.durable import Draft, prepare_directory, state_error
+from tuckctl.errors import RefusedError
+from tuckctl.frozen import frozen
 from tuckctl.kernel.syscalls import show
-
-if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Self
-
-    from tuckctl.errors import TuckError
 
 _T = TypeVar("_T")
 
@@ -34,7 +28,7 @@ _MOST_NUMBER = 2**64 - 1
 FORMAT = 1
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ImageRecord:
     """What a generation needs to find an image again."""
 
@@ -44,7 +38,7 @@ class ImageRecord:
     kept: bool
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Generation:
     """One recorded state of a target.
 
@@ -63,7 +57,7 @@ class Generation:
     adopted: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Current:
     """Which generation is live (None: none, it was detached), which was before it, and the mount that shows it.
 
@@ -93,13 +87,15 @@ def key_of(target: bytes) -> str:
     if key.startswith("."):
         key = "%2e" + key[1:]
     if len(key) > _MOST_KEY:
+        import hashlib  # noqa: PLC0415 - it loads OpenSSL, which takes longer than a tuck
+
         key = f"{key[:_MOST_KEY]}~{hashlib.sha256(target).hexdigest()[:16]}"
     return key
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
-        return {"b64": base64.b64encode(value).decode("ascii")} if _undecodable(value) else value.decode()
+        return {"b64": binascii.b2a_base64(value, newline=False).decode()} if _undecodable(value) else value.decode()
     if isinstance(value, dict):
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -117,7 +113,7 @@ def _undecodable(value: bytes) -> bool:
 
 def _name(value: Any) -> bytes:
     if isinstance(value, dict):
-        return base64.b64decode(value["b64"], validate=True)
+        return binascii.a2b_base64(value["b64"], strict_mode=True)
     if isinstance(value, str):
         return value.encode()
     raise TypeError(value)
@@ -168,122 +164,6 @@ def _image(found: dict[str, Any]) -> ImageRecord:
         msg = "a kept image has no digest"
         raise ValueError(msg)
     return image
-
-
-def state_error(path: bytes, error: OSError) -> TuckError:
-    """Say why one of the tool's own files or directories cannot be used."""
-    number = error.errno or 0
-    message = f"{show(path)}: {os.strerror(number).lower()} ({errno.errorcode.get(number, '?')})"
-    elsewhere = "or name another directory in TUCKCTL_STATE_DIR or TUCKCTL_RUN_DIR"
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return FailedError("state-full", message, f"make room there, {elsewhere}")
-    if number in (errno.EMFILE, errno.ENFILE):
-        return FailedError("too-many-open-files", message, "raise the limit of open files (ulimit -n)")
-    if number == errno.EROFS:
-        return RefusedError("state-read-only", message, f"mount it writable, {elsewhere}")
-    if number in (errno.EACCES, errno.EPERM):
-        return RefusedError("state-not-permitted", message, f"run it as root, {elsewhere}")
-    return RefusedError("state-unusable", message, f"make it a directory that root can write to, {elsewhere}")
-
-
-def _make_directories(path: bytes) -> None:
-    """Make a directory and what is missing above it, 0700 whatever the umask."""
-    try:
-        os.mkdir(path, 0o700)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise
-    except FileNotFoundError:
-        above = os.path.dirname(path)
-        if above == path:
-            raise
-        _make_directories(above)
-        _make_directories(path)
-
-
-def prepare_directory(path: bytes) -> None:
-    """Make one of the tool's own directories, 0700, or refuse one that others could write to."""
-    try:
-        _make_directories(path)
-        found = os.stat(path, follow_symlinks=False)
-    except OSError as error:
-        raise state_error(path, error) from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise RefusedError(
-            "state-unsafe",
-            f"{show(path)} must be a directory of the calling user that no one else can write to",
-            f"chown and chmod 0700 {show(path)}",
-        )
-
-
-class Draft:
-    """A file's next content, whole and on the disk beside it: publishing it is one rename(2).
-
-    Only who holds the target's lock writes here. So the draft's name can be a fixed one, and what a killed
-    writer left is written over by the next.
-    """
-
-    def __init__(self, directory: bytes, name: str, content: bytes, *, durable: bool = True) -> None:
-        """Write it. Raises TuckError, and leaves nothing."""
-        self._directory, self._durable = directory, durable
-        self._final = os.path.join(directory, name.encode())
-        self._draft: bytes | None = os.path.join(directory, b".%s.new" % name.encode())
-        try:
-            fd = os.open(self._draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-            try:
-                while content:
-                    content = content[os.write(fd, content) :]
-                if durable:
-                    os.fsync(fd)
-            finally:
-                os.close(fd)
-        except OSError as error:
-            self.close()
-            raise state_error(self._final, error) from error
-
-    def publish(self) -> None:
-        """Put it in place of the file. Raises TuckError."""
-        if self._draft is None:
-            return
-        try:
-            os.rename(self._draft, self._final)
-            self._draft = None
-            if self._durable:
-                sync_directory(self._directory)
-        except OSError as error:
-            raise state_error(self._final, error) from error
-
-    def close(self) -> None:
-        """Drop it, unless it was published."""
-        if self._draft is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._draft)
-            self._draft = None
-
-    def __enter__(self) -> Self:
-        """Own it for the length of a block."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        """Drop it, unless it was published."""
-        self.close()
-
-
-def write_file(directory: bytes, name: str, content: bytes, *, durable: bool = True) -> None:
-    """Replace a file as a whole: it is the old one or the new one, whatever happens (rename(2), fsync(2))."""
-    with Draft(directory, name, content, durable=durable) as draft:
-        draft.publish()
-
-
-def sync_directory(directory: bytes) -> None:
-    """Make the names in a directory durable."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class Records:

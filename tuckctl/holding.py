@@ -6,10 +6,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tuckctl.generations import write_file
+from tuckctl.frozen import frozen
+from tuckctl.durable import write_file
 from tuckctl.kernel.flags import Hold
 from tuckctl.kernel.syscalls import find_holders
 from tuckctl.processes import command_of, owner_of, remedy
@@ -65,7 +65,7 @@ def find(target: bytes, mount_ids: Sequence[int], devices: Sequence[tuple[int, i
     return tuple(found.values())
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Replaced:
     """Mounts that were taken off a target while something still used them, and their superblocks."""
 

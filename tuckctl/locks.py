@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tuckctl import stop
+from tuckctl.durable import state_error
 from tuckctl.errors import LockedError
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.syscalls import show
@@ -44,10 +45,17 @@ def take(fd: int, deadline: float, target: bytes, *, shared: bool = False) -> No
         pause = min(2 * pause, _LONGEST_WAIT)
 
 
+def _open(path: bytes) -> Fd:
+    try:
+        return Fd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        raise state_error(path, error) from error
+
+
 @contextlib.contextmanager
 def locked(path: bytes, deadline: float, target: bytes, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of a file, made when missing, for the length of a block."""
-    with Fd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
+    with _open(path) as file:
         take(file.fileno(), deadline, target, shared=shared)
         try:
             yield
@@ -63,7 +71,7 @@ def release(fd: int) -> None:
 @contextlib.contextmanager
 def alone(path: bytes) -> Iterator[bool]:
     """Hold a file's lock exclusively if no one else does; say whether it is held."""
-    with Fd(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
+    with _open(path) as file:
         held = _try(file.fileno(), shared=False)
         try:
             yield held

@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tuckctl.frozen import frozen
 from tuckctl.kernel.fscontext import new_mount
 
 if TYPE_CHECKING:
@@ -20,7 +19,7 @@ _LONGEST = 255
 _SOURCE = re.compile(rb"tuckctl:(?P<target>.*)@(?P<generation>[1-9][0-9]*)", re.DOTALL)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Overlay:
     """A read-only overlay: its layers topmost first, as in lowerdir=, its source, its mount's flags."""
 
@@ -51,6 +50,8 @@ def source_file_name(target: bytes, generation: int, folder: bytes) -> bytes:
 
 
 def _mark(target: bytes) -> bytes:
+    import hashlib  # noqa: PLC0415 - it loads OpenSSL, which takes longer than a tuck
+
     return b"...:" + hashlib.sha256(target).hexdigest()[:16].encode()
 
 

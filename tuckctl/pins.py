@@ -7,8 +7,9 @@ import contextlib
 import os
 from typing import TYPE_CHECKING
 
+from tuckctl.durable import prepare_directory
 from tuckctl.errors import KernelError
-from tuckctl.generations import key_of, prepare_directory
+from tuckctl.generations import key_of
 from tuckctl.kernel.flags import AT_FDCWD, Propagation, Umount
 from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount, open_tree, umount2
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import os
 import stat
-from dataclasses import dataclass
 
+from tuckctl.durable import prepare_directory, state_error
 from tuckctl.errors import RefusedError
-from tuckctl.generations import key_of, prepare_directory, state_error
+from tuckctl.frozen import frozen
+from tuckctl.generations import key_of
 from tuckctl.kernel.syscalls import show
 
 
@@ -33,7 +34,7 @@ def _refuse_unsafe(place: bytes) -> None:
         at = os.path.dirname(at)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Places:
     """The tool's own directories: what outlives a boot, and what does not."""
 

@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import IncompleteError, RefusedError, UsageError
+from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import MountAttr
 from tuckctl.kernel.syscalls import show
 from tuckctl.overlay import MOST_LAYERS, generation_of, is_ours
@@ -49,7 +49,7 @@ _OPPOSITES = {
 _ATIME = {"relatime": MountAttr(0), "noatime": MountAttr.NOATIME, "strictatime": MountAttr.STRICTATIME}
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Live:
     """What is seen at the target: `old` is the overlay to be replaced, None on a bare directory or filesystem."""
 

@@ -7,8 +7,8 @@ import contextlib
 import os
 import re
 import shlex
-from dataclasses import dataclass
 
+from tuckctl.frozen import frozen
 from tuckctl.kernel.syscalls import show
 
 _CONTAINERS = (
@@ -21,7 +21,7 @@ _CONTAINERS = (
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Owner:
     """Who answers for a process: its unit, and its container's id with the engine that knows it."""
 

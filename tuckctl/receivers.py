@@ -3,11 +3,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import contextlib
+import errno
+import os
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError
-from tuckctl.kernel.syscalls import Match, Mount, find_mounts, list_namespaces, show
+from tuckctl.frozen import frozen
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.syscalls import (
+    Match,
+    Mount,
+    Namespace,
+    find_mounts,
+    list_namespaces,
+    namespace_info,
+    namespace_owner,
+    show,
+)
 from tuckctl.kernel.threads import own_namespace
 from tuckctl.processes import by_namespace, owner_of
 from tuckctl.results import Receiver
@@ -17,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Sight:
     """What one walk over all namespaces saw: the mounts of some superblocks, and what it could not look into."""
 
@@ -32,11 +45,34 @@ class Sight:
 def observe(devices: Iterable[tuple[int, int]], after: int = 0) -> Sight:
     """Find the mounts of these superblocks in every namespace, those without a process too."""
     with own_namespace() as here:
-        matches, unseen = find_mounts(list_namespaces(here), tuple(dict.fromkeys(devices)), after)
+        matches, unseen = find_mounts(_namespaces(here), tuple(dict.fromkeys(devices)), after)
     return Sight(tuple(matches), unseen)
 
 
-@dataclass(frozen=True, slots=True)
+def _namespaces(here: Fd) -> list[Namespace]:
+    """List every mount namespace; where the kernel does not tell, those in which the caller's processes live.
+
+    Listing them all needs rights over the whole machine. In a user namespace those are looked at that it,
+    or one below it, owns: another one gets none of its mounts, unless someone outside copies this
+    namespace on purpose.
+    """
+    try:
+        return list_namespaces(here)
+    except KernelError as error:
+        if error.errno != errno.EPERM:
+            raise
+    own = namespace_info(here)
+    found = {own.inode: own}
+    for inode, pids in by_namespace().items():
+        for pid in pids if inode not in found else ():
+            with contextlib.suppress(OSError, KernelError), Fd(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)) as there:
+                namespace_owner(there).close()
+                found[inode] = namespace_info(there)
+                break
+    return list(found.values())
+
+
+@frozen
 class Arrival:
     """After the tuck: which copies of old have new right beneath them, and which do not."""
 

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-import base64
+import binascii
 import os
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from tuckctl.frozen import frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,7 +19,7 @@ def text(path: bytes) -> str:
     return path.decode("utf-8", "backslashreplace")
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Problem:
     """An error or a warning: a code of words with dashes, a sentence, and what to do."""
 
@@ -26,7 +28,7 @@ class Problem:
     hint: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class ImageInfo:
     """An image of a generation; sha256 is None for a directory."""
 
@@ -52,7 +54,7 @@ def infos(images: Iterable[_ImageLike]) -> tuple[ImageInfo, ...]:
     return tuple(ImageInfo(image.path, image.format, image.sha256, image.kept) for image in images)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Receiver:
     """One mount of the target's content in one mount namespace."""
 
@@ -68,7 +70,7 @@ class Receiver:
     container: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Holder:
     """One way in which a process uses a replaced overlay; path begins with the target."""
 
@@ -81,7 +83,7 @@ class Holder:
     remedy: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TargetResult:
     """What became of one target."""
 
@@ -95,7 +97,7 @@ class TargetResult:
     holders: tuple[Holder, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TransactionResult:
     """The document of swap, rollback and detach. Times are in microseconds."""
 
@@ -105,10 +107,10 @@ class TransactionResult:
     error: Problem | None = None
     warnings: tuple[Problem, ...] = ()
     targets: tuple[TargetResult, ...] = ()
-    timings_us: dict[str, int] = field(default_factory=dict)
+    timings_us: dict[str, int] = {}  # noqa: RUF012 - nobody changes it
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class TargetStatus:
     """One target as it is now; state is live, stale, incomplete, missing or unmanaged."""
 
@@ -122,7 +124,7 @@ class TargetStatus:
     unseen: int
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Status:
     """The document of status."""
 
@@ -132,7 +134,7 @@ class Status:
     warnings: tuple[Problem, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class GenerationInfo:
     """One recorded generation; created is in RFC 3339, UTC."""
 
@@ -145,7 +147,7 @@ class GenerationInfo:
     outcome: str
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class History:
     """The document of history, newest first."""
 
@@ -156,7 +158,7 @@ class History:
     warnings: tuple[Problem, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Holders:
     """The document of holders."""
 
@@ -178,7 +180,7 @@ def as_json(document: Any) -> Any:
                 try:
                     value.decode()
                 except UnicodeDecodeError:
-                    out[f"{item.name}_b64"] = base64.b64encode(value).decode("ascii")
+                    out[f"{item.name}_b64"] = binascii.b2a_base64(value, newline=False).decode()
             else:
                 out[item.name] = as_json(value)
         return out

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError, RefusedError, UsageError
+from tuckctl.frozen import frozen
 from tuckctl.generations import Current, Records, boot_id
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD
@@ -132,7 +133,7 @@ def absolute(path: bytes, what: str) -> bytes:
         ) from error
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class _Spot:
     """A file or directory as its filesystem knows it, by whatever mount it is reached: its path in there."""
 

@@ -6,16 +6,16 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from tuckctl import holding
-from tuckctl import pins
+from tuckctl import holding, pins
 from tuckctl.carry import gather
 from tuckctl.course import Course, begin
 from tuckctl.errors import FailedError, KernelError, PartialError, RefusedError, TuckError, UsageError
 from tuckctl.exchange import Exchange, Revealed, run, take_off
+from tuckctl.frozen import frozen
 from tuckctl.generations import Current, Generation, ImageRecord
 from tuckctl.images import Image, Store, mount_image, open_image, reopen_image
 from tuckctl.kernel.fd import reserve
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from tuckctl.carry import Carriage
+    from tuckctl.durable import Draft
     from tuckctl.images import Progress
-    from tuckctl.generations import Draft
     from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.flags import MountAttr
 
@@ -44,7 +44,7 @@ _DESCRIPTORS = 32
 """How many descriptors are seen to be free before the tuck: after it, none may be lacking."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Request:
     """What a caller asks for; None means as before. The timeout is in seconds."""
 

@@ -40,9 +40,8 @@ class System(NamedTuple):
 def _source() -> tuple[str, str]:
     """Return the mirror of this machine's apt, and its release."""
     try:
-        listed = run(
-            "apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME) $(COMPONENT) $(CREATED_BY) $(ORIGIN)"
-        )
+        wanted = "$(REPO_URI) $(CODENAME) $(COMPONENT) $(CREATED_BY) $(ORIGIN)"
+        listed = run("apt-get", "indextargets", "--format", wanted)
     except FileNotFoundError:
         pytest.skip("apt-get is missing: there is no mirror to install Debian from")
     for line in listed.splitlines():
@@ -145,7 +144,7 @@ def _settle(root: Path) -> None:
     (etc / "shape").symlink_to("hosts")
     chroot(root, "useradd", "--system", "--comment", "Courier, before", "courier")
     files = {"yielded": "1.0", "kept": "1.0", "dropped": "1.0"}
-    _install_sample(root, "1.0", files, "sample/snippets/one", "", "--force-confnew")
+    _install_sample(root, "1.0", files=files, shipped="sample/snippets/one", script="", answer="--force-confnew")
     _append(etc / "sample/yielded", "# changed by the administrator\n")
     _append(etc / "sample/kept", "# changed by the administrator\n")
 
@@ -163,9 +162,9 @@ def _update(root: Path) -> None:
         'dpkg-maintscript-helper dir_to_symlink /etc/sample/snippets ../sample-common 1.5~ -- "$@"\n'
     )
     files = {"yielded": "1.0", "kept": "2.0", "added": "2.0"}
-    _install_sample(root, "2.0", files, "sample-common/one", script, "--force-confold")
+    _install_sample(root, "2.0", files=files, shipped="sample-common/one", script=script, answer="--force-confold")
     files = {"yielded": "2.1", "kept": "2.0", "added": "2.0"}
-    _install_sample(root, "2.1", files, "sample-common/one", script, "--force-confnew")
+    _install_sample(root, "2.1", files=files, shipped="sample-common/one", script=script, answer="--force-confnew")
     chroot(root, "useradd", "--system", "--comment", "Relay", "relay")
     chroot(root, "usermod", "--comment", "Courier, after", "--shell", "/bin/sh", "courier")
     chroot(root, "groupadd", "--system", "relays")
@@ -198,7 +197,7 @@ def _update(root: Path) -> None:
     os.setxattr(etc / "issue", "user.origin", b"the update")
 
 
-def _install_sample(root: Path, version: str, files: dict[str, str], shipped: str, script: str, answer: str) -> None:
+def _install_sample(root: Path, version: str, *, files: dict[str, str], shipped: str, script: str, answer: str) -> None:
     """Install a package with configuration files, and a file that is none, by the tree's dpkg.
 
     `answer` is what the administrator says where both have changed a file.

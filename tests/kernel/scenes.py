@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
 import mmap
 import os
 import pickle
@@ -20,6 +21,8 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
 
 import tuckctl
 from tests.kernel.lab import in_own_namespace, run
@@ -82,21 +85,18 @@ class Space:
 
     def __init__(self, kind: str, root: bytes) -> None:
         self.kind = kind
-        self.held, holding = os.pipe2(os.O_CLOEXEC)
         ready, telling = os.pipe2(os.O_CLOEXEC)
         self.pid = os.fork()
         if self.pid == 0:
             with contextlib.suppress(BaseException):
-                os.close(self.held)
                 unshare(Clone.NEWNS | (Clone.NEWUSER if kind == "user" else Clone(0)))
                 if kind in ("slave", "private"):
                     mount_setattr(AT_FDCWD, root, propagation=MODES[kind], recursive=True)
                 os.write(telling, b"1")
                 signal.pause()
             os._exit(1)
-        os.close(holding)
-        os.close(telling)
         assert os.read(ready, 1) == b"1"
+        os.close(telling)
         os.close(ready)
         self.namespace = Fd(os.open(f"/proc/{self.pid}/ns/mnt", os.O_RDONLY | os.O_CLOEXEC))
         self.id = namespace_id(self.namespace)
@@ -112,7 +112,6 @@ class Space:
     def close(self) -> None:
         self.namespace.close()
         end(self.pid)
-        os.close(self.held)
 
 
 def end(pid: int) -> None:
@@ -204,7 +203,6 @@ class Reader:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                os.close(self.stopping)
                 os.set_blocking(stop, False)
                 if space is not None:
                     setns(space.namespace, Clone.NEWNS)
@@ -217,10 +215,12 @@ class Reader:
 
     def result(self) -> Counter[bytes]:
         """End it and return how often each content, or error, was seen."""
-        os.close(self.stopping)
-        with os.fdopen(self.answer, "rb") as pipe:
-            found: Counter[bytes] = pickle.loads(pipe.read())  # noqa: S301 - from our own child
+        # Others that were forked meanwhile hold the same ends: the end of a file would never come.
+        os.write(self.stopping, b".")
         os.waitpid(self.pid, 0)
+        found: Counter[bytes] = pickle.loads(os.read(self.answer, 65536))  # noqa: S301 - from our own child
+        os.close(self.stopping)
+        os.close(self.answer)
         return found
 
 
@@ -238,6 +238,7 @@ def _read_until_told(path: bytes, stop: int, telling: int) -> Counter[bytes]:
         with contextlib.suppress(BlockingIOError):
             os.read(stop, 1)
             return seen
+        time.sleep(0.0002)  # several of them share few processors with what they watch
 
 
 class Scene:
@@ -253,6 +254,7 @@ class Scene:
         self.around = disk + b"/around"
         self.target = self.around + b"/t"
         self.spaces: list[Space] = []
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
         os.environb[b"TUCKCTL_STATE_DIR"] = disk + b"/state"
         os.environb[b"TUCKCTL_RUN_DIR"] = disk + b"/run"
         os.mkdir(self.around)
@@ -312,9 +314,19 @@ class Scene:
             write_tree(folder, {path: content for path, content in files.items() if path not in without})
         return folder
 
+    def file(self, name: str) -> bytes:
+        """Make the image `name` as an erofs file."""
+        path = self.disk + b"/%s.erofs" % name.encode()
+        run("mkfs.erofs", "--quiet", path, self.image(name))
+        return path
+
     def swap(self, *names: str, **options: Any) -> TransactionResult:
         """Swap to these images, and see that it did so."""
-        return tuckctl.swap(self.target, [self.image(name) for name in names], **{"timeout": 5.0} | options)
+        try:
+            return tuckctl.swap(self.target, [self.image(name) for name in names], **{"timeout": 5.0} | options)
+        except TuckError as error:
+            error.add_note(str(error.result))
+            raise
 
     def failure(self, *names: str, **options: Any) -> TuckError:
         """Swap to these images, and return the error in which that ends."""
@@ -470,12 +482,22 @@ def in_scene(disk: bytes, work: Callable[..., _T], parent: str = "shared", base:
 
 
 @contextlib.contextmanager
-def traced(scene: Scene, *options: str) -> Iterator[Path]:
-    """Trace this process with strace(1) for the length of a block; give the file that it writes."""
+def fault(scene: Scene, call: str, what: str, *, threads: bool = False) -> Iterator[None]:
+    """Make a system call of this process fail, or bring a signal, for the length of a block."""
+    with traced(scene, "-e", f"trace={call}", "-e", f"inject={call}:{what}", threads=threads):
+        yield
+
+
+@contextlib.contextmanager
+def traced(scene: Scene, *options: str, threads: bool = False) -> Iterator[Path]:
+    """Trace this thread, or those to come too, with strace(1) for the length of a block; give the file it writes.
+
+    What it injects, it counts for each thread by itself.
+    """
     assert threading.active_count() == 1
     output = Path(os.fsdecode(scene.disk), "strace")
-    command = ["strace", "-f", "-qq", "-o", str(output), *options, "-p", str(os.getpid())]
-    # With vfork, or a fork that shares memory, we would wait for a child that waits for us.
+    follow = ["-f"] if threads else []
+    command = ["strace", *follow, "-qq", "-o", str(output), *options, "-p", str(os.getpid())]
     tracer = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=sys.stderr)
     wait_until(lambda: f"TracerPid:\t{tracer.pid}" in Path("/proc/self/status").read_text("ascii"))
     try:

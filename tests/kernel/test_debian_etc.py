@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
+import structlog
 
 import tuckctl
 from tests.kernel.debian import System, listing, make_layer, make_system
@@ -169,30 +170,30 @@ class Crowd:
         self.board = memoryview(self.memory).cast("Q")
         self.runners: list[Runner] = []
 
-    def start(self) -> None:
+    def watch(self, step: Callable[[int], object]) -> tuple[int, Seen]:
+        """Change the generation again and again while the programs run; return how often, and what they saw."""
         self.runners = [
             Runner(lambda enter=enter, place=FIRST_READY + number: self._work(enter, place))  # type: ignore[misc]
             for number, enter in enumerate(NAMESPACES)
         ]
-        self.wait_for_rounds(1)
-
-    def wait_for_rounds(self, rounds: int) -> None:
         deadline = time.monotonic() + PATIENCE
-        while min(self.board[FIRST_READY + number] for number in range(len(self.runners))) < rounds:
-            assert time.monotonic() < deadline, "the programs are too slow"
+        while self._rounds() == 0:
             time.sleep(0.01)
+        changes = 0
+        while changes < SWAPS or changes % 4 or self._rounds() < ROUNDS:
+            assert time.monotonic() < deadline, "the programs are too slow"
+            self.board[SEQUENCE] += 1
+            step(changes)
+            self.board[SEQUENCE] += 1
+            changes += 1
+            if changes % BURST == 0:
+                time.sleep(REST)
+        return changes, self._stop()
 
-    def rounds(self) -> int:
+    def _rounds(self) -> int:
         return min(self.board[FIRST_READY + number] for number in range(len(self.runners)))
 
-    def change(self, step: Callable[[], object]) -> None:
-        """Do what changes the generation."""
-        self.board[SEQUENCE] += 1
-        step()
-        self.board[SEQUENCE] += 1
-
-    def stop(self) -> Seen:
-        """End the runners and add up what they saw."""
+    def _stop(self) -> Seen:
         self.board[STOP] = 1
         total = Seen()
         for runner in self.runners:
@@ -290,6 +291,7 @@ def check_answers(old: dict[str, Answer], new: dict[str, Answer]) -> None:
 
 def swap_while_programs_run(system: System, disk: Path, kind: str, base: str) -> tuple[int, Seen, int, Seen]:
     os.environ.update(TUCKCTL_STATE_DIR=str(disk / "state"), TUCKCTL_RUN_DIR=str(disk / "run"))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger("warning"))
     old, new = make_images(system, disk, kind, base)
     enter_tree(system)
     root, etc = system.root, system.root / "etc"
@@ -305,54 +307,32 @@ def swap_while_programs_run(system: System, disk: Path, kind: str, base: str) ->
         prepared.append(open_tree(AT_FDCWD, os.fsencode(etc), clone=True))
     check_answers(said[1], said[0])
 
-    def step() -> None:
+    def step(number: int) -> None:
         """Swap forward, swap back, go back to the new one, and back to the old one."""
-        number = swaps % 4
-        if number < 2:
-            result = tuckctl.swap(etc, [(new, old)[number]], base=base)
-        else:
-            result = tuckctl.rollback(etc)
+        again = number % 4 < 2
+        result = tuckctl.swap(etc, [(new, old)[number % 2]], base=base) if again else tuckctl.rollback(etc)
         (target,) = result.targets
         assert (result.outcome, target.unseen) == ("swapped", 0)
         assert {receiver.state for receiver in target.receivers} == {"updated"}
         assert len({receiver.namespace for receiver in target.receivers}) == len(NAMESPACES)
 
-    crowd = Crowd(root, (said[1], said[0]))
-    crowd.start()
-    swaps = 0
-    while swaps < SWAPS or swaps % 2 or crowd.rounds() < ROUNDS:
-        crowd.change(step)
-        swaps += 1
-        if swaps % BURST == 0:
-            time.sleep(REST)
-    tucked = crowd.stop()
+    swaps, tucked = Crowd(root, (said[1], said[0])).watch(step)
     assert listing(etc) == expected(system, system.old, base)
 
     tuckctl.detach(etc)
-    move_mount(open_clone(prepared[1]), AT_FDCWD, os.fsencode(etc))
-    naive = Crowd(root, (said[1], said[0]))
-    naive.start()
-    gaps = 0
-    while gaps < SWAPS or gaps % 2 or naive.rounds() < ROUNDS:
-        naive.change(lambda: unmount_and_mount(etc, prepared[gaps % 2]))
-        gaps += 1
-        if gaps % BURST == 0:
-            time.sleep(REST)
-    seen = naive.stop()
+    with open_tree(prepared[1], clone=True) as clone:
+        move_mount(clone, AT_FDCWD, os.fsencode(etc))
+    gaps, naive = Crowd(root, (said[1], said[0])).watch(lambda number: unmount_and_mount(etc, prepared[number % 2]))
     for mount in prepared:
         mount.close()
     umount2(os.fsencode(etc), Umount.DETACH)
-    return swaps, tucked, gaps, seen
-
-
-def open_clone(mount: Fd) -> Fd:
-    return open_tree(mount, clone=True)
+    return swaps, tucked, gaps, naive
 
 
 def unmount_and_mount(etc: Path, mount: Fd) -> None:
     """Do what there was to do before: everything is prepared, so the gap is as short as it can be."""
     path = os.fsencode(etc)
-    with open_clone(mount) as clone:
+    with open_tree(mount, clone=True) as clone:
         umount2(path, Umount.DETACH)
         move_mount(clone, AT_FDCWD, path)
 
@@ -364,7 +344,7 @@ def test_no_program_fails_while_an_update_of_etc_is_swapped_in_and_out(
 ) -> None:
     swaps, tucked, gaps, naive = in_own_namespace(swap_while_programs_run, system, Path(os.fsdecode(disk)), kind, base)
     for name, changes, seen in (("swapped", swaps, tucked), ("unmounted and mounted", gaps, naive)):
-        print(
+        print(  # noqa: T201 - for who wants to see the counts: -rP
             f"{kind}, base {base}, {name} {changes} times: {seen.runs.total()} runs of {len(seen.runs)} programs in "
             f"{len(NAMESPACES)} namespaces, {seen.straddling} across a change, {seen.wrong} wrong"
         )

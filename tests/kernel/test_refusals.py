@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import resource
 import shutil
 import threading
 from typing import TYPE_CHECKING
@@ -255,23 +256,22 @@ def by_relative_path(ground: Ground) -> bytes:
 WAYS = [by_path, by_dots, by_symlink, by_bind, by_relative_path]
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["kept", "in place"])
 @pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("way", WAYS)
-def test_an_image_in_the_target_is_refused(
-    disk: bytes, way: Callable[[Ground], bytes], state: Callable[[Ground], None], *, in_place: bool
+def test_an_image_in_the_target_is_refused_by_whatever_way_it_is_named(
+    disk: bytes, state: Callable[[Ground], None]
 ) -> None:
     def work(ground: Ground) -> None:
         ground.image("x")
         ground.folder("x")
         state(ground)
-        at = way(ground)
-        options = {"in_place": in_place}
-        for image in (at + b"/sub/x.img", at + b"/sub", at):
-            expect(ground, "image-in-target", [image], **options)
-            expect(ground, "image-in-target", [ground.image("x"), image, ground.folder("x")], **options)
-            if image != at + b"/sub/x.img":
-                expect(ground, "base-in-target", base=image, **options)
+        for way in WAYS:
+            at = way(ground)
+            for image in (at + b"/sub/x.img", at + b"/sub", at):
+                expect(ground, "image-in-target", [image])
+                expect(ground, "image-in-target", [image], in_place=True)
+                expect(ground, "image-in-target", [ground.image("x"), image, ground.folder("x")])
+            expect(ground, "base-in-target", base=at)
+            expect(ground, "base-in-target", base=at + b"/sub")
 
     on_ground(disk, work)
 
@@ -551,11 +551,10 @@ def test_own_directories_are_made_with_what_is_missing_above_them_for_their_owne
         assert ground.swap("a").outcome == "swapped"
         os.umask(umask)
         for top in (b"/p", b"/r"):
-            for path, folders, files in os.walk(ground.disk + top):
+            for path, _, files in os.walk(ground.disk + top):
                 assert os.stat(path).st_mode & 0o777 == 0o700, path
                 for name in files:
                     assert not os.stat(path + b"/" + name).st_mode & 0o077, name
-                assert folders or files or path.endswith((b"scratch", ground.target.replace(b"/", b"-")[1:]))or True
 
     on_ground(disk, work)
 
@@ -664,13 +663,14 @@ def test_more_images_than_overlayfs_stacks_are_refused_and_as_many_as_it_stacks_
         assert "at most 500" in error.message
         expect(ground, "too-many-layers", [folder] * 500)  # and base
         several = []
-        for number in range(499):
+        for number in range(498):
             several.append(ground.disk + b"/trees/%d" % number)
             os.makedirs(several[-1] + b"/sub")
-        assert tuckctl.swap(ground.target, [folder, *several]).outcome == "refused"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024))
+        assert tuckctl.swap(ground.target, [*several, folder]).outcome == "swapped"
+        assert ground.which() == b"x"
 
-    with pytest.raises(tuckctl.TuckError):
-        on_ground(disk, work)
+    on_ground(disk, work)
 
 
 def test_rollback_and_detach_and_the_questions_refuse_the_same_targets(disk: bytes) -> None:

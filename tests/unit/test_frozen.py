@@ -19,6 +19,11 @@ class Point:
     names: tuple[str, ...] = ()
 
 
+@frozen
+class Counted:
+    counts: dict[str, int] = {}  # noqa: RUF012 - nobody changes it
+
+
 @dataclasses.dataclass(frozen=True)
 class Twin:
     x: int
@@ -29,7 +34,7 @@ class Twin:
 def test_fields_are_given_in_order_or_by_name_or_left_to_their_default() -> None:
     assert Point(1) == Point(x=1) == Point(1, 2, ()) == Point(1, names=(), y=2)
     assert Point(1) != Point(2)
-    assert Point(1) != Twin(1)
+    assert Point(1) != Twin(1)  # type: ignore[comparison-overlap]
     assert hash(Point(1, 3)) == hash(Point(y=3, x=1))
 
 
@@ -57,11 +62,12 @@ def test_dataclasses_own_functions_take_them() -> None:
     assert [field.name for field in dataclasses.fields(point)] == ["x", "y", "names"]
     assert dataclasses.asdict(point) == dataclasses.asdict(Twin(1, 3, ("a",)))
     assert dataclasses.replace(point, y=4) == Point(1, 4, ("a",))
+    assert dataclasses.asdict(Counted({"b": 1})) == {"counts": {"b": 1}}
 
 
 def test_they_can_be_copied_pickled_matched_and_printed() -> None:
     point = Point(1, 3, ("a",))
-    assert copy.deepcopy(point) == pickle.loads(pickle.dumps(point)) == point
+    assert copy.deepcopy(point) == pickle.loads(pickle.dumps(point)) == point  # noqa: S301 - our own
     assert repr(point) == "Point(x=1, y=3, names=('a',))"
     match point:
         case Point(x, y):

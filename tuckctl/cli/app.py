@@ -70,7 +70,7 @@ def swap(
         "keep": keep,
     }
     return Job(
-        "swap", _COMMANDS, (targets,), chosen, json, log_format, log_level, "transaction", changes=True, progress=True
+        "swap", _COMMANDS, (targets,), chosen, json, log_format, log_level, "transaction", heeds=True, progress=True
     )
 
 
@@ -122,7 +122,7 @@ def rollback(
         log_format,
         log_level,
         "transaction",
-        changes=True,
+        heeds=True,
         progress=True,
     )
 
@@ -140,10 +140,10 @@ def detach(
 ) -> Job:
     """Take the overlay off, back to base."""
     chosen = {"busy": busy, "timeout": timeout, "adopt": adopt}
-    return Job("detach", _COMMANDS, (target,), chosen, json, log_format, log_level, "transaction", changes=True)
+    return Job("detach", _COMMANDS, (target,), chosen, json, log_format, log_level, "transaction", heeds=True)
 
 
 @app.command()
 def demo(*, json: Json = False, log_format: LogFormat = "", log_level: LogLevel = "") -> Job:
     """Swap for real in namespaces of its own, beside unmount-and-mount. Needs no root."""
-    return Job("demo", "tuckctl.demonstration", (), {}, json, log_format, log_level, "demo", progress=True)
+    return Job("demo", "tuckctl.demonstration", (), {}, json, log_format, log_level, "demo", heeds=True, progress=True)

@@ -30,7 +30,7 @@ class Job(NamedTuple):
     log_level: str
     picture: str
     """The function in tuckctl.cli.pictures that draws the document for people."""
-    changes: bool = False
-    """Whether it works on a target: then an interruption is heeded only where it can be undone."""
+    heeds: bool = False
+    """Whether it heeds a wish to stop (tuckctl.stop), where that is safe: then no signal breaks into it."""
     progress: bool = False
     """Whether the function tells of its progress."""

@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
     from tuckctl.cli.options import Job
 
-_KNOWN = frozenset(
-    ("swap", "plan", "preview", "status", "history", "rollback", "detach")
-    + ("recover", "boot", "holders", "doctor", "reseat", "gc", "demo")
-)
+TRANSACTIONS = ("swap", "plan", "preview", "rollback", "detach", "recover", "reseat", "boot")
+QUESTIONS = ("status", "history", "holders", "doctor", "gc", "demo")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _BY_SIGNAL = 128
 # What a command line that makes no sense raises; typer has no name of its own for it.
@@ -73,12 +71,12 @@ def _read(arguments: Sequence[str]) -> Job | int:
 def _do(job: Job) -> int:
     logged = logs.configure(job.log_format, job.log_level)
     told = _Told(job, logged=logged)
-    line = Line(quiet=job.json, heed=job.changes) if job.progress else None
+    line = Line(quiet=job.json, heed=job.heeds) if job.progress else None
     options = job.options | ({"progress": line} if line is not None else {})
     work = getattr(importlib.import_module(job.module), job.command)
     gc.freeze()
     gc.enable()
-    _take_signals(deferred=job.changes)
+    _take_signals(heeds=job.heeds)
     try:
         document = work(*job.arguments, **options)
     except TuckError as error:
@@ -121,7 +119,7 @@ class _Told:
         document = error.result
         if self._job.json:
             streams.say(self._dumps(document if document is not None else _bare(self._job.command, error)))
-        elif document is not None and document.targets:
+        elif self._job.picture == "transaction" and document is not None:
             streams.say(self._draw(document, self._style))
         self._warn(document)
         if not self._logs_tell or document is None:
@@ -151,7 +149,7 @@ def _json() -> Callable[[Any], str]:
 def _bare(command: str, error: TuckError) -> dict[str, Any]:
     """Return the document of a failure that came before there was any."""
     return {
-        "schema": f"tuckctl.{command if command in _KNOWN else 'usage'}/1",
+        "schema": f"tuckctl.{command if command in (*TRANSACTIONS, *QUESTIONS) else 'usage'}/1",
         "transaction": None,
         "outcome": error.outcome,
         "error": {"code": error.code, "message": error.message, "hint": error.hint},
@@ -176,12 +174,12 @@ def _bug(error: Exception) -> TuckError:
     return FailedError("internal-error", f"internal error: {said}; please report", "--log-level debug tells where")
 
 
-def _take_signals(*, deferred: bool) -> None:
+def _take_signals(*, heeds: bool) -> None:
     """Let the signals that ask a process to end do it in order; one that is ignored stays so (nohup)."""
 
     def on_signal(number: int, _frame: object) -> None:
         interruption = Interruption(number, signal.Signals(number).name)
-        if deferred:
+        if heeds:
             stop.ask(interruption)
             return
         for each in _SIGNALS:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import stat
@@ -87,6 +86,8 @@ class _Hashing:
     __slots__ = ("_digest", "_free", "_full", "_thread")
 
     def __init__(self) -> None:
+        import hashlib  # noqa: PLC0415 - it loads OpenSSL, and most swaps know their digests
+
         self._digest = hashlib.sha256()
         self._free: SimpleQueue[bytearray] = SimpleQueue()
         self._full: SimpleQueue[tuple[bytearray, int] | None] = SimpleQueue()

@@ -8,7 +8,8 @@ fs/ext4/ext4.h (also Documentation/filesystems/{erofs,ext4/super}.rst), and the 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+
+from tuckctl.frozen import frozen
 
 HEAD = 8192
 """How many bytes of an image's beginning `recognise` wants to see."""
@@ -59,7 +60,7 @@ class Flaw(Exception):  # noqa: N818 - it is about an image, and becomes an Imag
         self.hint = hint
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Superblock:
     """What an image says of itself.
 

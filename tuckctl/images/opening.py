@@ -7,10 +7,10 @@ import errno
 import os
 import re
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import ImageError, UsageError
+from tuckctl.frozen import frozen
 from tuckctl.images.digests import length, read_at
 from tuckctl.images.formats import HEAD, Flaw, recognise
 from tuckctl.images.mounting import mount_image
@@ -45,7 +45,7 @@ _WRONG_KINDS = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Image:
     """An opened and checked image. It owns its file: close it, or leave its block.
 

@@ -12,10 +12,11 @@ import json
 import os
 import pathlib
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError, UnsupportedError
+from tuckctl.frozen import frozen
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Clone, MountAttr, Propagation, StatMount
 from tuckctl.kernel.fscontext import new_mount
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Feature:
     """Whether the kernel can do something; if not, why not, and since when Linux can."""
 

@@ -9,13 +9,24 @@ listmount(2), umount2(2), setns(2), unshare(2), openat2(2), ioctl_ns(2), loop(4)
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from tuckctl.errors import KernelError
+from tuckctl.frozen import frozen
 from tuckctl.kernel._floor import ffi, lib
 from tuckctl.kernel.fd import Fd
-from tuckctl.kernel.flags import AT_FDCWD, LSMT_ROOT, At, Clone, Loop, MountAttr, MoveMount, OpenTree, Propagation, Umount
+from tuckctl.kernel.flags import (
+    AT_FDCWD,
+    LSMT_ROOT,
+    At,
+    Clone,
+    Loop,
+    MountAttr,
+    MoveMount,
+    OpenTree,
+    Propagation,
+    Umount,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -208,7 +219,7 @@ def umount2(path: bytes, flags: Umount = Umount(0)) -> None:
     _check(value, "umount2", path=path)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Mount:
     """What statmount tells of one mount. Ids are unique and never reused."""
 
@@ -301,7 +312,7 @@ def unshare(flags: Clone) -> None:
     _check(lib.tuck_unshare(flags), "unshare", path=str(flags).encode())
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Namespace:
     """A mount namespace: its unique id, the inode of its nsfs file, and how many mounts it has."""
 
@@ -365,7 +376,7 @@ def loop_clear(loop: Descriptor) -> None:
     _check(lib.tuck_loop_clear(_number(loop)), "ioctl(LOOP_CLR_FD)", loop)
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class LoopStatus:
     """What backs a loop device."""
 
@@ -402,7 +413,7 @@ def list_namespaces(start: Descriptor) -> list[Namespace]:
         room = count + 64
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Match:
     """One mount that a walk over namespaces found."""
 
@@ -451,7 +462,7 @@ def find_mounts(
     return matches, int(unseen[0])
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class RawHolder:
     """One way in which a process holds a mount: the fd's number, or the addresses of a mapping."""
 

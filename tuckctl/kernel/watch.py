@@ -9,11 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError
+from tuckctl.frozen import frozen
 from tuckctl.kernel._floor import ffi, lib
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Look(IntEnum):
     """A program's exit code; above 1000, the signal that ended it."""
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Tally:
     """What a watcher saw: how often each expected text, anything else, a failure; times in microseconds.
 

@@ -1,0 +1,328 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The system calls of a swap and nothing around them: what a swap costs at least.
+ *
+ *   bare swap TARGET STATE   for each line, the path of an erofs image: swaps TARGET to it, prints the
+ *                            microseconds of each phase and the number of mounts found at the end
+ *   bare hold COUNT          keeps COUNT copies of this mount namespace, with a process in each, until
+ *                            its input ends */
+#include "floor.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+enum {
+    F_EMPTY_PATH = 0x4,
+    BENEATH = 0x200,
+    CLONE_TREE = 0x1,
+    CLOEXEC_TREE = 02000000,
+    EMPTY_PATH = 0x1000,
+    NO_SYMLINKS = 0x4,
+    ALL_FACTS = 0x27f,
+    FEW_FACTS = 0x3,
+    RDONLY_NODEV_NOSUID = 0x7,
+    ROOM = 512,
+};
+
+enum { LOOK, IMAGES, ASSEMBLE, TUCK, VERIFY, REVEAL, CHECK, RECORD, PHASES };
+
+struct info {
+    uint32_t size;
+    uint32_t mounts;
+    uint64_t id;
+};
+
+#define INFO _IOR(0xb7, 10, struct info)
+#define NEXT _IOR(0xb7, 11, struct info)
+#define PREV _IOR(0xb7, 12, struct info)
+
+struct found {
+    uint64_t id, parent;
+    bool is_new;
+};
+
+static struct found *founds;
+static size_t found_count, found_room;
+
+static int must(int value, const char *what) {
+    if (value < 0) {
+        fprintf(stderr, "bare: %s: %s\n", what, strerror(-value));
+        exit(1);
+    }
+    return value;
+}
+
+static int ok(int value, const char *what) {
+    return must(value < 0 ? -errno : value, what);
+}
+
+static double now(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (double)time.tv_sec * 1e6 + (double)time.tv_nsec / 1e3;
+}
+
+static uint64_t mount_of(int directory, const char *path) {
+    uint64_t id;
+    must(tuck_mount_id(directory, path, *path ? 0x100 : EMPTY_PATH, &id), "statx");
+    return id;
+}
+
+union facts {
+    struct tuck_statmount mount;
+    char room[4096];
+};
+
+static void facts_of(uint64_t id, union facts *ret_facts) {
+    must(tuck_statmount(id, 0, ALL_FACTS, &ret_facts->mount, sizeof *ret_facts), "statmount");
+}
+
+static bool same(const struct tuck_statmount *mount, const struct tuck_statmount *other) {
+    return other != NULL && mount->sb_dev_major == other->sb_dev_major && mount->sb_dev_minor == other->sb_dev_minor;
+}
+
+static void look_into(uint64_t space, const struct tuck_statmount *new, const struct tuck_statmount *old) {
+    uint64_t ids[ROOM], after = 0;
+    for (;;) {
+        struct tuck_statmount mount;
+        int64_t count = tuck_listmount(UINT64_MAX, space, after, ids, ROOM);
+        for (int64_t i = 0; i < count; i++) {
+            if (tuck_statmount(ids[i], space, FEW_FACTS, &mount, sizeof mount) < 0)
+                continue;
+            bool is_new = same(&mount, new);
+            if (!is_new && !same(&mount, old))
+                continue;
+            if (found_count == found_room) {
+                found_room = 2 * found_room + 64;
+                founds = realloc(founds, found_room * sizeof *founds);
+                if (founds == NULL)
+                    must(-ENOMEM, "realloc");
+            }
+            founds[found_count++] = (struct found){mount.mnt_id, mount.mnt_parent_id, is_new};
+        }
+        if (count < ROOM)
+            return;
+        after = ids[count - 1];
+    }
+}
+
+static void look_towards(int own, unsigned long direction, const struct tuck_statmount *new,
+                         const struct tuck_statmount *old) {
+    int here = own;
+    for (;;) {
+        struct info info = {.size = sizeof info};
+        struct stat status;
+        int next = ioctl(here, direction, &info);
+        if (here != own)
+            close(here);
+        if (next < 0)
+            return;
+        ok(fstat(next, &status), "fstat");
+        look_into(info.id, new, old);
+        here = next;
+    }
+}
+
+static size_t look_everywhere(const struct tuck_statmount *new, const struct tuck_statmount *old) {
+    struct info info = {.size = sizeof info};
+    int own = ok(open("/proc/thread-self/ns/mnt", O_RDONLY | O_CLOEXEC), "open");
+    found_count = 0;
+    ok(ioctl(own, INFO, &info), "NS_MNT_GET_INFO");
+    look_into(info.id, new, old);
+    look_towards(own, PREV, new, old);
+    look_towards(own, NEXT, new, old);
+    close(own);
+    return found_count;
+}
+
+static int by_id(const void *left, const void *right) {
+    uint64_t a = ((const struct found *)left)->id, b = ((const struct found *)right)->id;
+    return a < b ? -1 : a > b;
+}
+
+/* Arrival: the parent of each copy of old is a copy of new. */
+static void see_arrival(void) {
+    qsort(founds, found_count, sizeof *founds, by_id);
+    for (size_t i = 0; i < found_count; i++) {
+        const struct found *parent;
+        if (founds[i].is_new)
+            continue;
+        parent = bsearch(&(struct found){.id = founds[i].parent}, founds, found_count, sizeof *founds, by_id);
+        if (parent == NULL || !parent->is_new)
+            must(-ENOENT, "new did not arrive everywhere");
+    }
+}
+
+static void write_durably(int state, const char *name) {
+    static const char text[600] = "a record";
+    int file = ok(openat(state, name, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600), "open");
+    ok((int)write(file, text, sizeof text), "write");
+    ok(fsync(file), "fsync");
+    close(file);
+}
+
+static void rename_durably(int state, const char *from, const char *to) {
+    ok(renameat(state, from, state, to), "rename");
+    ok(fsync(state), "fsync");
+}
+
+static int mount_image(int image) {
+    char source[64];
+    int context = must(tuck_fsopen("erofs", 1), "fsopen");
+    snprintf(source, sizeof source, "/proc/self/fd/%d", image);
+    must(tuck_fsconfig_set_string(context, "source", source), "fsconfig");
+    must(tuck_fsconfig_set_flag(context, "ro"), "fsconfig");
+    must(tuck_fsconfig_create(context), "fsconfig");
+    int mount = must(tuck_fsmount(context, 1, 1), "fsmount");
+    close(context);
+    return mount;
+}
+
+static int mount_overlay(int image, int base) {
+    static const char *const options[][2] = {
+        {"source", "bare"}, {"redirect_dir", "nofollow"}, {"metacopy", "off"}, {"index", "off"}, {"nfs_export", "off"}};
+    int context = must(tuck_fsopen("overlay", 1), "fsopen");
+    for (size_t i = 0; i < sizeof options / sizeof options[0]; i++)
+        must(tuck_fsconfig_set_string(context, options[i][0], options[i][1]), "fsconfig");
+    must(tuck_fsconfig_set_fd(context, "lowerdir+", image), "fsconfig");
+    must(tuck_fsconfig_set_fd(context, "lowerdir+", base), "fsconfig");
+    must(tuck_fsconfig_create(context), "fsconfig");
+    int mount = must(tuck_fsmount(context, 1, RDONLY_NODEV_NOSUID), "fsmount");
+    close(context);
+    return mount;
+}
+
+static void swap(const char *folder, const char *name, int state, const char *path) {
+    double times[PHASES + 1];
+    char head[4096], place[300];
+    uint64_t ids[ROOM];
+    struct stat status;
+    union facts around, old, new;
+
+    times[LOOK] = now();
+    int parent = must(tuck_openat2(AT_FDCWD, folder, O_PATH | O_DIRECTORY | O_CLOEXEC, 0, NO_SYMLINKS), "openat2");
+    uint64_t below = mount_of(parent, ""), top = mount_of(parent, name);
+    bool covered = top != below;
+    facts_of(below, &around);
+    facts_of(top, &old);
+
+    times[IMAGES] = now();
+    int file = ok(open(path, O_RDONLY | O_CLOEXEC), "open");
+    ok(fstat(file, &status), "fstat");
+    ok((int)pread(file, head, sizeof head, 0), "pread");
+
+    times[ASSEMBLE] = now();
+    if (covered)
+        tuck_listmount(top, 0, 0, ids, ROOM);
+    int tree = must(tuck_open_tree(parent, "", CLONE_TREE | CLOEXEC_TREE | EMPTY_PATH), "open_tree");
+    int base = must(tuck_openat2(tree, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC, 0, NO_SYMLINKS), "openat2");
+    int image = mount_image(file), mount = mount_overlay(image, base);
+    uint64_t identity = mount_of(mount, "");
+    write_durably(state, "pending.new");
+    rename_durably(state, "pending.new", "pending");
+    write_durably(state, "generation.new");
+    write_durably(state, "current.new");
+
+    times[TUCK] = now();
+    must(tuck_move_mount(mount, "", parent, name, F_EMPTY_PATH | (covered ? BENEATH : 0)), "move_mount");
+
+    times[VERIFY] = now();
+    if (mount_of(parent, "") != below || mount_of(parent, name) != (covered ? top : identity))
+        must(-EBUSY, "another mount is seen");
+    facts_of(identity, &new);
+    if (covered) {
+        facts_of(top, &old);
+        if (old.mount.mnt_parent_id != identity)
+            must(-EBUSY, "new is not beneath old");
+    }
+    look_everywhere(&new.mount, covered ? &old.mount : NULL);
+    see_arrival();
+
+    times[REVEAL] = now();
+    snprintf(place, sizeof place, "/proc/self/fd/%d/%s", parent, name);
+    if (covered)
+        must(tuck_umount2(place, 8), "umount2");
+
+    times[CHECK] = now();
+    if (mount_of(parent, name) != identity)
+        must(-EBUSY, "another mount is seen");
+    facts_of(identity, &new);
+    size_t count = look_everywhere(&new.mount, NULL);
+
+    times[RECORD] = now();
+    rename_durably(state, "generation.new", "generation");
+    rename_durably(state, "current.new", "current");
+
+    times[PHASES] = now();
+    const int opened[] = {parent, file, tree, base, image, mount};
+    for (size_t i = 0; i < sizeof opened / sizeof opened[0]; i++)
+        close(opened[i]);
+    for (int phase = 0; phase < PHASES; phase++)
+        printf("%.1f ", times[phase + 1] - times[phase]);
+    printf("%.1f %zu\n", now() - times[LOOK], count);
+    fflush(stdout);
+}
+
+static void hold(long count) {
+    pid_t *children = calloc((size_t)count + 1, sizeof *children);
+    int pipes[2];
+    char byte;
+    if (children == NULL)
+        must(-ENOMEM, "calloc");
+    ok(pipe(pipes), "pipe");
+    for (long i = 0; i < count; i++) {
+        children[i] = ok(fork(), "fork");
+        if (children[i] == 0) {
+            ok(prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl");
+            ok(unshare(CLONE_NEWNS), "unshare");
+            ok((int)write(pipes[1], "", 1), "write");
+            for (;;)
+                pause();
+        }
+    }
+    for (long i = 0; i < count; i++)
+        ok((int)read(pipes[0], &byte, 1), "read");
+    puts("ready");
+    fflush(stdout);
+    while (getchar() != EOF)
+        ;
+    for (long i = 0; i < count; i++)
+        kill(children[i], SIGKILL);
+    while (waitpid(-1, NULL, 0) > 0 || errno == EINTR)
+        ;
+    free(children);
+}
+
+int main(int count, char **words) {
+    char line[4096];
+    prctl(PR_SET_PDEATHSIG, SIGKILL);
+    if (count == 3 && strcmp(words[1], "hold") == 0) {
+        hold(strtol(words[2], NULL, 10));
+        return 0;
+    }
+    char *name = count == 4 && strcmp(words[1], "swap") == 0 ? strrchr(words[2], '/') : NULL;
+    if (name == NULL) {
+        fputs("usage: bare swap TARGET STATE | bare hold COUNT\n", stderr);
+        return 2;
+    }
+    *name++ = '\0';
+    int state = ok(open(words[3], O_RDONLY | O_DIRECTORY | O_CLOEXEC), "open");
+    while (fgets(line, sizeof line, stdin) != NULL) {
+        line[strcspn(line, "\n")] = '\0';
+        swap(words[2], name, state, line);
+    }
+    free(founds);
+    close(state);
+    return 0;
+}

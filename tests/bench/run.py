@@ -1,0 +1,351 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each phase of a swap beside the bare system calls that it needs, as a ratio, in one run.
+
+How it is measured. Everything happens in a child with a mount namespace of its own, in which there are two
+directories on a shared mount. On one of them `tuckctl.swap` alternates between two kept erofs images, over
+what lies under the target; on the other a C program (bare.c) does it with the same system calls and nothing
+around them: the same mounts made and attached, every mount of every namespace looked at twice, the same
+number of files brought to the disk. The two take turns, and who begins a round alternates, so that whatever
+else the machine does hits both. Before each series there are so many other mount namespaces, copies of this
+one with a process in each and with as many mounts as are said. What is printed is the median of all rounds
+after a warm-up, in microseconds. A phase is what `timings_us` calls by that name; "rest" is what comes
+before the first and after the last of them; "total" is the whole call.
+
+Whole commands are timed in turns with a Python that does nothing and a typer application that does nothing.
+
+Usage: run.py [--quick] [--namespaces 1,10,100,1000] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import tuckctl
+from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount
+from tuckctl.kernel.fscontext import new_mount
+from tuckctl.kernel.syscalls import listmount, mount_setattr, move_mount, umount2, unshare
+from tuckctl.log import NOTHING, log
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+ROOT = Path(__file__).parents[2]
+PHASES = ("look", "images", "assemble", "tuck", "verify", "reveal", "check", "record")
+ROWS = (*PHASES, "rest", "total")
+MOUNTS = 50
+WARM_UP = 3
+SETTLED = 2.5
+_PR_SET_PDEATHSIG = 1
+
+
+class Row(NamedTuple):
+    """The medians of one phase, in microseconds."""
+
+    phase: str
+    bare_us: float
+    tuckctl_us: float
+
+    @property
+    def ratio(self) -> float | None:
+        return self.tuckctl_us / self.bare_us if self.bare_us >= 0.05 else None
+
+
+class Series(NamedTuple):
+    """What was measured beside so many other namespaces."""
+
+    namespaces: int
+    mounts: int
+    receivers: int
+    rounds: int
+    rows: list[Row]
+
+
+class Command(NamedTuple):
+    """The median time of a whole process, in milliseconds."""
+
+    name: str
+    milliseconds: float
+
+
+def rounds_for(namespaces: int, *, quick: bool) -> int:
+    return 5 if quick else max(25, min(200, 10_000 // namespaces))
+
+
+def compile_bare(place: Path) -> Path:
+    program = place / "bare"
+    sources = (ROOT / "tests/bench/bare.c", ROOT / "csrc/syscalls.c")
+    subprocess.run(
+        [
+            *(os.environ.get("CC", "cc"), "-std=c11", "-D_GNU_SOURCE", "-O2"),
+            f"-I{ROOT / 'csrc'}",
+            *sources,
+            "-o",
+            program,
+        ],
+        check=True,
+    )
+    return program
+
+
+def make_images(place: Path) -> list[Path]:
+    images = []
+    for name in ("a", "b"):
+        tree = place / f"tree-{name}"
+        (tree / "folder").mkdir(parents=True)
+        for number in range(50):
+            (tree / "folder" / f"file-{number}").write_text(f"{name} {number}\n" * 100)
+        images.append(place / f"{name}.img")
+        subprocess.run(["mkfs.erofs", "--quiet", images[-1], tree], check=True, stdout=subprocess.DEVNULL)
+    return images
+
+
+class Peers:
+    """So many copies of this mount namespace, each with a process in it."""
+
+    def __init__(self, program: Path, count: int) -> None:
+        self.process = subprocess.Popen([program, "hold", str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def __enter__(self) -> None:
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == b"ready\n"
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()
+
+
+class Bare:
+    """The C program, which swaps when it is told."""
+
+    def __init__(self, program: Path, target: Path, state: Path) -> None:
+        command = [program, "swap", target, state]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()
+
+    def swap(self, image: Path) -> tuple[dict[str, float], int]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{image}\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline().split()
+        if not answer:
+            raise SystemExit("the bare program failed")
+        *times, total = map(float, answer[:-1])
+        found = dict(zip(PHASES, times, strict=True))
+        return {**found, "rest": total - sum(times), "total": total}, int(answer[-1])
+
+
+def swap(target: Path, image: Path) -> tuple[dict[str, float], int]:
+    begun = time.perf_counter()
+    result = tuckctl.swap(target, [image])
+    total = (time.perf_counter() - begun) * 1e6
+    found = {phase: float(result.timings_us.get(phase, 0)) for phase in PHASES}
+    return {**found, "rest": total - sum(found.values()), "total": total}, len(result.targets[0].receivers)
+
+
+def measure(bare: Bare, target: Path, images: Sequence[Path], namespaces: int, rounds: int) -> Series:
+    bare_times: list[dict[str, float]] = []
+    times: list[dict[str, float]] = []
+    receivers = 0
+    for number in range(WARM_UP + rounds):
+        image = images[number % 2]
+        if number % 2:
+            there, here = bare.swap(image), swap(target, image)
+        else:
+            here, there = swap(target, image), bare.swap(image)
+        receivers = here[1]
+        if here[1] != there[1]:
+            raise SystemExit(f"tuckctl found {here[1]} receivers, the bare program {there[1]}")
+        if number >= WARM_UP:
+            times.append(here[0])
+            bare_times.append(there[0])
+    rows = [
+        Row(row, statistics.median(each[row] for each in bare_times), statistics.median(each[row] for each in times))
+        for row in ROWS
+    ]
+    return Series(namespaces, len(listmount()), receivers, rounds, rows)
+
+
+def command_times(place: Path, target: Path, images: Sequence[Path], *, quick: bool) -> list[Command]:
+    """Time whole processes, in turns."""
+    empty = place / "empty.py"
+    empty.write_text("import typer\napp = typer.Typer()\n@app.command()\ndef main() -> None: pass\napp()\n")
+    python, tool = sys.executable, Path(sys.executable).parent / "tuckctl"
+    commands: dict[str, list[str | Path]] = {
+        "python3 -c pass": [python, "-c", "pass"],
+        "an empty typer application": [python, empty],
+    }
+    if tool.exists():
+        commands |= {
+            "tuckctl --version": [tool, "--version"],
+            "tuckctl status TARGET": [tool, "status", target],
+            "tuckctl swap TARGET IMAGE": [tool, "swap", target, ""],
+        }
+    found: dict[str, list[float]] = {name: [] for name in commands}
+    for number in range(1 + (3 if quick else 20)):
+        for name, words in commands.items():
+            used = [images[number % 2] if word == "" else word for word in words]
+            begun = time.perf_counter()
+            done = subprocess.run(used, capture_output=True, check=False, stdin=subprocess.DEVNULL)
+            took = (time.perf_counter() - begun) * 1e3
+            if done.returncode != 0:
+                sys.stderr.write(f"{name}: {done.stderr.decode('utf-8', 'replace')}\n")
+                raise SystemExit(1)
+            if number > 0:
+                found[name].append(took)
+    return [Command(name, statistics.median(times)) for name, times in found.items()]
+
+
+def table(series: Sequence[Series], commands: Sequence[Command]) -> Iterator[str]:
+    yield "A swap of an erofs image over base, tuckctl beside the bare system calls: medians in microseconds."
+    yield ""
+    yield f"{'other namespaces':<16}" + "".join(f"{one.namespaces:>27,}" for one in series)
+    yield f"{'mounts in each':<16}" + "".join(f"{one.mounts:>27}" for one in series)
+    yield f"{'rounds':<16}" + "".join(f"{one.rounds:>27}" for one in series)
+    yield f"{'phase':<16}" + f"{'bare':>10}{'tuckctl':>10}{'ratio':>7}" * len(series)
+    for number, name in enumerate(ROWS):
+        line = f"{name:<16}"
+        for one in series:
+            row = one.rows[number]
+            ratio = f"{row.ratio:>7.1f}" if row.ratio is not None else f"{'-':>7}"
+            line += f"{row.bare_us:>10,.0f}{row.tuckctl_us:>10,.0f}{ratio}"
+        yield line
+    if commands:
+        yield ""
+        yield "Whole processes, medians in milliseconds."
+        yield ""
+        for command in commands:
+            ratio = command.milliseconds / commands[0].milliseconds
+            yield f"{command.name:<30}{command.milliseconds:>8.1f}{ratio:>7.1f}"
+
+
+def run(place: Path, counts: Sequence[int], *, quick: bool) -> tuple[list[Series], list[Command]]:
+    """Measure in this process's own mount namespace; what it mounts goes with it."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    unshare(Clone.NEWNS)
+    mount_setattr(AT_FDCWD, b"/", propagation=Propagation.PRIVATE, recursive=True)
+    log.threshold = NOTHING
+    os.environ.update(TUCKCTL_STATE_DIR=str(place / "state"), TUCKCTL_RUN_DIR=str(place / "run"))
+
+    around = place / "around"
+    around.mkdir()
+    with new_mount("tmpfs", [("mode", b"0755")]) as mount:
+        move_mount(mount, AT_FDCWD, os.fsencode(around))
+    targets = [around / name for name in ("ours", "bare")]
+    for target in targets:
+        target.mkdir()
+        (target / "in-base").write_text("base\n")
+    for number in range(MOUNTS - len(listmount()) - len(targets)):
+        filler = place / f"filler-{number}"
+        filler.mkdir()
+        with new_mount("tmpfs", []) as mount:
+            move_mount(mount, AT_FDCWD, os.fsencode(filler))
+    mount_setattr(AT_FDCWD, os.fsencode(around), propagation=Propagation.SHARED)
+
+    program, images = compile_bare(place), make_images(place)
+    (place / "bare-state").mkdir()
+    # The digest of a file that changed just now is computed again: its time stamps might not tell the next change.
+    time.sleep(SETTLED)
+    series, commands = [], []
+    with Bare(program, targets[1], place / "bare-state") as bare:
+        swap(targets[0], images[1])
+        bare.swap(images[1])
+        for count in counts:
+            with Peers(program, count):
+                series.append(measure(bare, targets[0], images, count, rounds_for(count, quick=quick)))
+                if count == counts[0]:
+                    commands = command_times(place, targets[0], images, quick=quick)
+    for target in targets:
+        umount2(os.fsencode(target), Umount.DETACH)
+    return series, commands
+
+
+def in_child(place: Path, counts: Sequence[int], *, quick: bool) -> dict[str, Any]:
+    """Run in a child, so that its namespace and all its mounts end with it."""
+    reading, writing = os.pipe2(os.O_CLOEXEC)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            series, commands = run(place, counts, quick=quick)
+            sys.stdout.write("".join(f"{line}\n" for line in table(series, commands)))
+            sys.stdout.flush()
+            document = {
+                "kernel": platform.release(),
+                "machine": platform.machine(),
+                "processors": os.cpu_count(),
+                "python": platform.python_version(),
+                "series": [
+                    one._asdict() | {"rows": [row._asdict() | {"ratio": row.ratio} for row in one.rows]}
+                    for one in series
+                ],
+                "commands": [command._asdict() for command in commands],
+            }
+            with os.fdopen(writing, "w") as pipe:
+                json.dump(document, pipe)
+            status = 0
+        except SystemExit as end:
+            sys.stderr.write(f"{end}\n")
+        except BaseException:  # noqa: BLE001 - the child must not go on as the parent
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    os.close(writing)
+    try:
+        with os.fdopen(reading) as pipe:
+            answer = pipe.read()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            if sys.exc_info()[0] is not None:
+                os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not answer:
+        raise SystemExit(1)
+    document: dict[str, Any] = json.loads(answer)
+    return document
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Each phase of a swap beside the bare system calls that it needs.")
+    parser.add_argument("--quick", action="store_true", help="few rounds: the figures mean little")
+    parser.add_argument("--namespaces", default="1,10,100,1000", help="how many other namespaces, in turn")
+    parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    options = parser.parse_args()
+    try:
+        counts = [int(word) for word in options.namespaces.split(",")]
+    except ValueError:
+        parser.error("--namespaces: numbers with commas between them")
+    if os.geteuid() != 0:
+        parser.error("mounting an image needs root")
+    place = Path(tempfile.mkdtemp(prefix="tuckctl-bench-", dir=os.environ.get("TUCKCTL_TEST_DISK", "/var/tmp")))
+    place.chmod(0o755)
+    try:
+        document = in_child(place, counts, quick=options.quick)
+    finally:
+        shutil.rmtree(place)
+    if options.json:
+        Path(options.json).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tool's own directories and files: for their owner alone, and replaced as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from tuckctl.errors import FailedError, RefusedError
+from tuckctl.kernel.syscalls import show
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+    from tuckctl.errors import TuckError
+
+
+def state_error(path: bytes, error: OSError) -> TuckError:
+    """Say why one of the tool's own files or directories cannot be used."""
+    number = error.errno or 0
+    message = f"{show(path)}: {os.strerror(number).lower()} ({errno.errorcode.get(number, '?')})"
+    elsewhere = "or name another directory in TUCKCTL_STATE_DIR or TUCKCTL_RUN_DIR"
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return FailedError("state-full", message, f"make room there, {elsewhere}")
+    if number in (errno.EMFILE, errno.ENFILE):
+        return FailedError("too-many-open-files", message, "raise the limit of open files (ulimit -n)")
+    if number == errno.EROFS:
+        return RefusedError("state-read-only", message, f"mount it writable, {elsewhere}")
+    if number in (errno.EACCES, errno.EPERM):
+        return RefusedError("state-not-permitted", message, f"run it as root, {elsewhere}")
+    return RefusedError("state-unusable", message, f"make it a directory that root can write to, {elsewhere}")
+
+
+def _make_directories(path: bytes) -> None:
+    """Make a directory and what is missing above it, 0700 whatever the umask."""
+    try:
+        os.mkdir(path, 0o700)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    except FileNotFoundError:
+        above = os.path.dirname(path)
+        if above == path:
+            raise
+        _make_directories(above)
+        _make_directories(path)
+
+
+def prepare_directory(path: bytes) -> None:
+    """Make one of the tool's own directories, 0700, or refuse one that others could write to."""
+    try:
+        _make_directories(path)
+        found = os.stat(path, follow_symlinks=False)
+    except OSError as error:
+        raise state_error(path, error) from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
+        raise RefusedError(
+            "state-unsafe",
+            f"{show(path)} must be a directory of the calling user that no one else can write to",
+            f"chown and chmod 0700 {show(path)}",
+        )
+
+
+class Draft:
+    """A file's next content, whole and on the disk beside it: publishing it is one rename(2).
+
+    Only who holds the target's lock writes here. So the draft's name can be a fixed one, and what a killed
+    writer left is written over by the next.
+    """
+
+    def __init__(self, directory: bytes, name: str, content: bytes, *, durable: bool = True) -> None:
+        """Write it. Raises TuckError, and leaves nothing."""
+        self._directory, self._durable = directory, durable
+        self._final = os.path.join(directory, name.encode())
+        self._draft: bytes | None = os.path.join(directory, b".%s.new" % name.encode())
+        try:
+            fd = os.open(self._draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            try:
+                while content:
+                    content = content[os.write(fd, content) :]
+                if durable:
+                    os.fsync(fd)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            self.close()
+            raise state_error(self._final, error) from error
+
+    def publish(self) -> None:
+        """Put it in place of the file. Raises TuckError."""
+        if self._draft is None:
+            return
+        try:
+            os.rename(self._draft, self._final)
+            self._draft = None
+            if self._durable:
+                sync_directory(self._directory)
+        except OSError as error:
+            raise state_error(self._final, error) from error
+
+    def close(self) -> None:
+        """Drop it, unless it was published."""
+        if self._draft is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(self._draft)
+            self._draft = None
+
+    def __enter__(self) -> Self:
+        """Own it for the length of a block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Drop it, unless it was published."""
+        self.close()
+
+
+def write_file(directory: bytes, name: str, content: bytes, *, durable: bool = True) -> None:
+    """Replace a file as a whole: it is the old one or the new one, whatever happens (rename(2), fsync(2))."""
+    with Draft(directory, name, content, durable=durable) as draft:
+        draft.publish()
+
+
+def sync_directory(directory: bytes) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
