@@ -81,6 +81,7 @@ STATUS = thing(
     images=array(IMAGE),
     receivers=array(RECEIVER),
     unseen=NUMBER,
+    base=maybe(TEXT),
 )
 GENERATION = thing(
     generation=NUMBER,

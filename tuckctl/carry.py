@@ -5,6 +5,10 @@ Each is cloned: the same superblock, so that its files stay open, with its flags
 A tuck beneath a shared parent makes every mount of the tucked tree shared and copies it to every
 receiver. So only submounts that are shared travel in the tree; the others are attached afterwards,
 while new has left its peer group for the moment: no one can see it yet.
+
+A shared submount that has others on it is in one peer group with its clone, and with whatever else is
+mounted from the same place: what is unmounted on the one goes from all of them. So its clone travels in a
+group of its own, and the originals get one of their own before they go (tuckctl.loosening).
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from tuckctl.frozen import frozen
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import Propagation, Resolve
 from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount, move_mount_set_group, open_tree, openat2, show
-from tuckctl.target import submounts
+from tuckctl.target import look, submounts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,6 +47,11 @@ class Carried:
         """Whether the original is in a peer group of its own accord."""
         return bool(self.mount.peer_group)
 
+    @property
+    def onto_alone(self) -> bool:
+        """Whether it lies on a submount that is not shared."""
+        return self.parent is not None and not self.parent.peer_group
+
 
 class Carriage:
     """The clones of a target's submounts; owns their descriptors."""
@@ -60,7 +69,9 @@ class Carriage:
         """Own the clones for the length of a block."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         """Close them: what was not attached is gone."""
         for item in self.carried:
             item.clone.close()
@@ -93,17 +104,24 @@ class Carriage:
         """Attach to the detached new what may travel with it; refuse what has no place there."""
         for item in self.carried:
             self._refuse_without_place(item, new)
-            onto_alone = item.parent is not None and not item.parent.peer_group
-            if item.shared or onto_alone or not parent_shared:
-                move_mount(item.clone, self._onto(item, new), item.place)
+        # Children first: only the root of a detached tree can still be changed (mount_setattr(2)).
+        for item in reversed(self.carried):
+            if not (item.shared or item.onto_alone or not parent_shared):
+                continue
+            onto = self._onto(item, new)
+            if item.parent is not None:
+                mount_setattr(onto, propagation=Propagation.PRIVATE)
+            move_mount(item.clone, onto, item.place)
 
     def attach_alone(self, new: Fd, *, parent_shared: bool) -> None:
         """Attach to the tucked new, here only, the submounts that are not shared."""
         for item in self.carried:
-            onto_alone = item.parent is not None and not item.parent.peer_group
-            if item.shared or onto_alone or not parent_shared:
+            if item.shared or item.onto_alone or not parent_shared:
                 continue
             onto = self._onto(item, new)
+            if not look(mount_id(onto)).peer_group:
+                move_mount(item.clone, onto, item.place)
+                continue
             with open_tree(onto, clone=True) as member:
                 mount_setattr(onto, propagation=Propagation.PRIVATE)
                 try:
@@ -119,7 +137,9 @@ def _refuse(code: str, mount: Mount, why: str, hint: str) -> RefusedError:
 def _clone(target: Target, mount: Mount) -> Fd:
     relative = mount.point[len(target.path) + 1 :]
     if mount.fstype == "autofs":
-        raise _refuse("submount-is-autofs", mount, "is a trigger: a copy of it would never expire", "stop the automounter")
+        raise _refuse(
+            "submount-is-autofs", mount, "is a trigger: a copy of it would never expire", "stop the automounter"
+        )
     try:
         with openat2(target.parent, target.name + b"/" + relative, os.O_PATH, Resolve.NO_SYMLINKS) as seen:
             if mount_id(seen) != mount.id:

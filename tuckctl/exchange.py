@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tuckctl import stop
+from tuckctl.bystanders import cover, lost
 from tuckctl.errors import FailedError, IncompleteError, KernelError, RefusedError, UndoneError
 from tuckctl.frozen import frozen
 from tuckctl.holding import find as find_holders
@@ -19,6 +20,7 @@ from tuckctl.kernel.syscalls import (
     Match,
     fspick,
     listmount,
+    match_of,
     mount_id,
     mount_setattr,
     move_mount,
@@ -28,8 +30,11 @@ from tuckctl.kernel.syscalls import (
     umount2,
 )
 from tuckctl.kernel.threads import in_copy
+from tuckctl.locks import courtesy
+from tuckctl.loosening import loosened
+from tuckctl.overlay import generation_of
 from tuckctl.receivers import Arrival, Sight, arrival, observe
-from tuckctl.target import look
+from tuckctl.target import children, look
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
 
 _FIRST_WAIT = 0.001
 _LONGEST_WAIT = 0.05
+_COURTESY = 2.0
 
 
 @frozen
@@ -97,8 +103,12 @@ class Exchange:
         self.new = new
         self.new_id = mount_id(new)
         self.carriage = carriage
-        self.base = target.stack[-2] if old is not None and len(target.stack) > 1 else target.top if old is None else None
+        self.base = (
+            target.stack[-2] if old is not None and len(target.stack) > 1 else target.top if old is None else None
+        )
         self.parent = self.base or target.around
+        with self._alone_on_parent():
+            self.parent = look(self.parent.id)
         self._covered: tuple[int, ...] = ()
 
     @property
@@ -110,7 +120,7 @@ class Exchange:
         """Look for holders before the tuck where it cannot be undone: under a private, covered filesystem."""
         if self.can_undo or busy == "lazy":
             return
-        self._covered = (self.old.id,) if self.old else ()
+        self._covered = (self.old.id, *listmount(self.old.id)) if self.old else ()
         pause = _FIRST_WAIT
         while find_holders(self.target.path, self._covered, ()):
             if busy == "fail" or time.monotonic() + pause > deadline:
@@ -121,10 +131,11 @@ class Exchange:
 
     def tuck(self) -> None:
         """Put new beneath old; on a bare directory or filesystem on top, which shows it at once."""
-        try:
-            move_mount(self.new, self.target.parent, self.target.name, beneath=self.old is not None)
-        except KernelError as error:
-            raise _explain(error, self.target) from error
+        with self._alone_on_parent():
+            try:
+                move_mount(self.new, self.target.parent, self.target.name, beneath=self.old is not None)
+            except KernelError as error:
+                raise _explain(error, self.target) from error
         self.carriage.attach_alone(self.new, parent_shared=self.parent_shared)
 
     def verify_tucked(self) -> Arrival:
@@ -140,9 +151,13 @@ class Exchange:
         new = seen[-len(wanted)]
         devices = [new.device] + ([self.old.device] if self.old else [])
         sight = observe(devices)
-        fresh = Sight(tuple(m for m in sight.matches if m.mount_id >= self.new_id or m.device != new.device), sight.unseen)
+        fresh = Sight(
+            tuple(m for m in sight.matches if m.mount_id >= self.new_id or m.device != new.device), sight.unseen
+        )
         old = _copies_of(sight, self.old) if self.old else ()
         found = arrival(fresh, old, new.device)
+        if self.old is not None:
+            self._refuse_to_uncover(found)
         self._covered = tuple(match.mount_id for match in found.follow)
         if len(self.carriage):
             below = (listmount(match.mount_id, match.namespace_id) for match in found.follow)
@@ -161,11 +176,11 @@ class Exchange:
             return ()
         pause = _FIRST_WAIT
         while True:
-            if self._take_off_unused():
+            _refuse_changed(self.target, self.old)
+            if self._take_off_unused(found):
                 return ()
             if busy == "lazy":
-                self._refuse_to_lose_submounts(found)
-                umount2(self.target.place, Umount.DETACH)
+                self._detach(found)
                 return self._covered
             if busy == "fail" or time.monotonic() + pause > deadline:
                 raise _busy_error(self.target, self.holders())
@@ -173,11 +188,11 @@ class Exchange:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_WAIT)
 
-    def _take_off_unused(self) -> bool:
+    def _take_off_unused(self, found: Arrival) -> bool:
         if len(self.carriage):
             if find_holders(self.target.path, self._covered, ()):
                 return False
-            umount2(self.target.place, Umount.DETACH)
+            self._detach(found)
             return True
         try:
             umount2(self.target.place)
@@ -191,18 +206,20 @@ class Exchange:
         """Return who uses the content that is to be replaced."""
         return find_holders(self.target.path, self._covered, (self.old.device,) if self.old else ())
 
-    def _refuse_to_lose_submounts(self, found: Arrival) -> None:
-        """A lazy unmount takes the submounts of every copy with it; in other namespaces they are not carried yet."""
-        for match in found.follow:
-            if self.old is None or match.mount_id == self.old.id:
-                continue
-            lost = _lost_points(match)
-            if lost:
+    def _detach(self, found: Arrival) -> None:
+        below = [item.mount for item in self.carriage.carried]
+        _detach(self.target, self.old.id if self.old else 0, below, found.follow)
+
+    def _refuse_to_uncover(self, found: Arrival) -> None:
+        """Refuse to take away what a namespace has mounted in old's place: an unmount goes by position."""
+        for match in found.alone:
+            mount = cover(match)
+            if mount is not None:
                 raise UndoneError(
-                    "receiver-has-submounts",
-                    f"{show(min(lost))} is mounted in namespace {match.namespace_inode} on the content to be replaced"
-                    " and would be lost there",
-                    "unmount it there, or restart what lives in that namespace afterwards",
+                    "receiver-has-own-mount",
+                    f"{show(mount.point)} in namespace {match.namespace_inode} shows another mount ({mount.fstype},"
+                    f" source {show(mount.source)}) in the place of the content to be replaced, and would lose it",
+                    f"make {show(mount.point)} there private by its parent, or unmount it there",
                 )
 
     def verify_revealed(self) -> Revealed:
@@ -219,8 +236,20 @@ class Exchange:
         receivers = tuple(match for match in sight.of(new.device) if match.mount_id >= self.new_id)
         # A directory, or a part of it, may follow itself: what is new has the same superblock then.
         mine = {match.mount_id for match in receivers}
-        stale = tuple(match for match in (_copies_of(sight, self.old) if self.old else ()) if match.mount_id not in mine)
+        stale = tuple(
+            match for match in (_copies_of(sight, self.old) if self.old else ()) if match.mount_id not in mine
+        )
+        stale += self._left_behind_before(receivers, {match.mount_id for match in stale})
         return Revealed(self.new_id, receivers, stale, sight.unseen, ())
+
+    def _left_behind_before(self, receivers: Sequence[Match], known: set[int]) -> tuple[Match, ...]:
+        """Return what still covers a receiver of new since an earlier swap."""
+        found = []
+        for match in receivers:
+            mount = cover(match) if match.mount_id != self.new_id else None
+            if mount is not None and mount.id not in known and generation_of(mount.source, self.target.path):
+                found.append(match_of(mount, match))
+        return tuple(found)
 
     def restore_propagation(self) -> None:
         """Give new the propagation that old had here: after the reveal, which follows new's own."""
@@ -237,6 +266,16 @@ class Exchange:
 
         What is seen decides, not how far the caller got. Raises IncompleteError when the way back is barred.
         """
+        try:
+            return self._back_out()
+        except (KernelError, OSError, RuntimeError) as error:
+            raise IncompleteError(
+                "undo-failed",
+                f"{show(self.target.path)}: the new content could not be taken out again: {error}",
+                f"tuckctl status {show(self.target.path)}",
+            ) from error
+
+    def _back_out(self) -> bool:
         top = self.target.top_id()
         if self.old is None:
             if top == self.new_id:
@@ -282,7 +321,7 @@ class Exchange:
         if self.parent_shared:
             in_copy(take_out, directory=self.new)
             return
-        with self._parent_root() as root:
+        with self._alone_on_parent(), self._parent_root() as root:
             mount_setattr(root, propagation=Propagation.SHARED)
             try:
                 for mount in (self.new, *(item.clone for item in self.carriage.carried)):
@@ -290,6 +329,21 @@ class Exchange:
                 in_copy(take_out, directory=self.new)
             finally:
                 mount_setattr(root, propagation=self.parent.propagation)
+
+    @contextlib.contextmanager
+    def _alone_on_parent(self) -> Iterator[None]:
+        """Keep the transactions of other targets on the same mount off for a moment.
+
+        An undo below a private mount makes that one shared while it lasts. What is looked at or tucked then would
+        be taken, or become, shared. No one may be kept from an undo: the wait has an end.
+        """
+        try:
+            root = openat2(AT_FDCWD, self.parent.point, os.O_RDONLY | os.O_DIRECTORY, Resolve.NO_SYMLINKS)
+        except KernelError:
+            yield
+            return
+        with root, courtesy(root.fileno(), _COURTESY):
+            yield
 
     def _parent_root(self) -> Fd:
         """Open the root of the mount that new lies on; KernelError or ValueError where it cannot be reached."""
@@ -323,21 +377,30 @@ def _busy_error(target: Target, holders: Sequence[Holder]) -> UndoneError:
     )
 
 
-def _lost_points(match: Match) -> set[bytes]:
-    """Return where a receiver has something mounted on its copy of old and nothing on its copy of new."""
-    mounts = {}
-    for identity in listmount(match.parent_id, match.namespace_id):
-        with contextlib.suppress(KernelError):
-            mounts[identity] = look(identity, match.namespace_id)
-    on_old: set[bytes] = set()
-    on_new: set[bytes] = set()
-    for mount in mounts.values():
-        above = mount
-        while above.id != match.mount_id and above.parent_id in mounts:
-            above = mounts[above.parent_id]
-        if mount.id != match.mount_id:
-            (on_old if above.id == match.mount_id else on_new).add(mount.point)
-    return on_old - on_new
+def _refuse_changed(target: Target, old: Mount) -> None:
+    """See that it is old that an unmount takes off."""
+    if target.top_id() != old.id:
+        raise UndoneError(
+            "target-changed",
+            f"{show(target.path)}: something else was mounted or unmounted there meanwhile",
+            "try again",
+        )
+
+
+def _detach(target: Target, old_id: int, below: Sequence[Mount], follow: Sequence[Match]) -> None:
+    """Take old off with its submounts, which goes through propagation with each receiver's own ones."""
+    names = [mount.point[len(target.path) + 1 :] for mount in below]
+    for match in follow:
+        points = lost(match, names) if match.mount_id != old_id else ()
+        if points:
+            raise UndoneError(
+                "receiver-has-submounts",
+                f"{show(min(points))} is mounted in namespace {match.namespace_inode} on the content to be replaced"
+                " and would be lost there",
+                "unmount it there, or restart what lives in that namespace afterwards",
+            )
+    with loosened(target, below, sorted(follow, key=lambda match: match.mount_id != old_id)):
+        umount2(target.place, Umount.DETACH)
 
 
 @contextlib.contextmanager
@@ -375,16 +438,21 @@ def run(exchange: Exchange, busy: str, deadline: float, enter: Callable[[str], N
     return Revealed(revealed.mount_id, revealed.receivers, revealed.stale, revealed.unseen, replaced)
 
 
+def _content(mount: Mount) -> tuple[bytes, tuple[int, int], bytes]:
+    return mount.point, mount.device, mount.root
+
+
 def take_off(target: Target, old: Mount, busy: str, deadline: float, enter: Callable[[str], None]) -> Revealed:
     """Take the overlay off a target and see that base is there. Submounts that base lacks are a reason to refuse."""
-    below = [look(identity) for identity in listmount(old.id)]
-    underneath = {mount.point for mount in (look(i) for i in listmount(look(old.parent_id).id)) if mount not in below}
-    lost = sorted(mount.point for mount in below if mount.point not in underneath)
-    if lost:
+    below = children(old.id)
+    ours = {mount.id for mount in below}
+    underneath = {_content(mount) for mount in children(old.parent_id) if mount.id not in ours}
+    only_here = sorted(mount.point for mount in below if _content(mount) not in underneath)
+    if only_here:
         raise RefusedError(
             "submount-has-no-place",
-            f"{show(lost[0])} is mounted on the overlay and would be gone with it",
-            f"unmount {show(lost[0])} first",
+            f"{show(only_here[0])} is mounted on the overlay and would be gone with it",
+            f"unmount {show(only_here[0])} first",
         )
     enter("verify")
     before = _copies_of(observe([old.device]), old)
@@ -394,14 +462,18 @@ def take_off(target: Target, old: Mount, busy: str, deadline: float, enter: Call
     ids = (*(match.mount_id for match in before), *(mount.id for mount in below))
     with _outlasting(target):
         while True:
+            _refuse_changed(target, old)
+            if below and not find_holders(target.path, ids, ()):
+                _detach(target, old.id, below, before)
+                break
             try:
-                umount2(target.place, Umount.DETACH if below and not find_holders(target.path, ids, ()) else Umount(0))
+                umount2(target.place)
                 break
             except KernelError as error:
                 if error.errno != errno.EBUSY:
                     raise
             if busy == "lazy":
-                umount2(target.place, Umount.DETACH)
+                _detach(target, old.id, below, before)
                 replaced = ids
                 break
             if busy == "fail" or time.monotonic() + pause > deadline:

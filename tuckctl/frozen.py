@@ -32,6 +32,9 @@ class _Fields:
 def _init(self: Any, *values: Any, **named: Any) -> None:
     names = self.__match_args__
     have = self.__dict__
+    if len(values) == len(names) and not named:
+        have.update(zip(names, values, strict=True))
+        return
     have.update(self._frozen_defaults)
     have.update(zip(names, values, strict=False))
     have.update(named)

@@ -22,6 +22,7 @@ _T = TypeVar("_T")
 _PLAIN = re.compile(rb"[A-Za-z0-9_.@+]")
 _MOST_KEY = 180
 _RECORD = re.compile(r"([1-9][0-9]{0,17})\.json")
+_LEFTOVER = re.compile(rb"\.[a-z0-9]+\.json\.new")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OPTION = re.compile(r"[a-z]+")
 _MOST_NUMBER = 2**64 - 1
@@ -281,6 +282,12 @@ class Records:
         numbers = self.numbers()
         newest = self.get(numbers[-1]) if numbers else None
         return newest.target if newest is not None else None
+
+    def remove_leftovers(self) -> None:
+        """Drop what a killed writer left; the target's lock is held, and no draft of ours is open."""
+        for name in os.listdir(self.directory):
+            if _LEFTOVER.fullmatch(name):
+                os.unlink(os.path.join(self.directory, name))
 
     def remove(self, number: int) -> None:
         """Drop a generation's record."""

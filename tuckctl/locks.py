@@ -69,6 +69,21 @@ def release(fd: int) -> None:
 
 
 @contextlib.contextmanager
+def courtesy(fd: int, seconds: float) -> Iterator[None]:
+    """Hold an open file's lock for the length of a block, or go on without it when it is not to be had in time."""
+    deadline = time.monotonic() + seconds
+    pause = _FIRST_WAIT
+    while not (held := _try(fd, shared=False)) and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_WAIT)
+    try:
+        yield
+    finally:
+        if held:
+            release(fd)
+
+
+@contextlib.contextmanager
 def alone(path: bytes) -> Iterator[bool]:
     """Hold a file's lock exclusively if no one else does; say whether it is held."""
     with _open(path) as file:

@@ -66,8 +66,10 @@ def generation_of(source: bytes, target: bytes) -> int | None:
     match = _said(source)
     if match is None:
         return None
-    cut = match["target"].removesuffix(_mark(target))
-    is_this = match["target"] == target or (cut != match["target"] and target.startswith(cut))
+    is_this = match["target"] == target
+    if not is_this and b"...:" in match["target"]:
+        cut = match["target"].removesuffix(_mark(target))
+        is_this = cut != match["target"] and target.startswith(cut)
     return int(match["generation"]) if is_this else None
 
 

@@ -30,6 +30,7 @@ def drop_generations(records: Records, keep: int) -> None:
         unused = [number for number in records.numbers()[:-1] if number not in used]
         for number in unused[: max(0, len(unused) - keep)]:
             records.remove(number)
+        records.remove_leftovers()
 
 
 def drop_images(places: Places) -> None:

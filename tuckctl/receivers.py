@@ -16,12 +16,14 @@ from tuckctl.kernel.syscalls import (
     Mount,
     Namespace,
     find_mounts,
+    listmount,
     list_namespaces,
     namespace_info,
     namespace_owner,
     show,
 )
 from tuckctl.kernel.threads import own_namespace
+from tuckctl.overlay import generation_of
 from tuckctl.processes import by_namespace, owner_of
 from tuckctl.results import Receiver
 from tuckctl.target import look
@@ -108,7 +110,9 @@ def reason_of(match: Match, target: bytes) -> str:
         parent = look(match.parent_id, match.namespace_id)
     except KernelError:
         return "unreachable"
-    return "private" if not parent.peer_group and not parent.master else "own-submount"
+    if not parent.peer_group and not parent.master:
+        return "private"
+    return "own-submount" if listmount(match.mount_id, match.namespace_id) else "private"
 
 
 def describe(
@@ -135,7 +139,7 @@ def describe(
                 mount.point,
                 mount.root,
                 state,
-                generation,
+                generation if target is None else generation_of(mount.source, target) or generation,
                 reason_of(match, target) if target is not None else None,
                 (),
                 pids,

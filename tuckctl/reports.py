@@ -105,6 +105,7 @@ def _status(target: Target, places: Places, warnings: list[Problem]) -> TargetSt
         images=infos(recorded.images) if recorded is not None else (),
         receivers=receivers,
         unseen=unseen,
+        base=recorded.base if recorded is not None else None,
     )
 
 

@@ -122,6 +122,8 @@ class TargetStatus:
     images: tuple[ImageInfo, ...]
     receivers: tuple[Receiver, ...]
     unseen: int
+    base: bytes | None = None
+    """What lies at the bottom of that generation: "under", "none", or a directory."""
 
 
 @frozen

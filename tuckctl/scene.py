@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from dataclasses import dataclass, replace
@@ -13,9 +14,9 @@ from tuckctl.errors import KernelError, RefusedError, UsageError
 from tuckctl.frozen import frozen
 from tuckctl.generations import Current, Records, boot_id
 from tuckctl.kernel.fd import Fd
-from tuckctl.kernel.flags import AT_FDCWD
-from tuckctl.kernel.syscalls import Mount, mount_id, openat2, show
-from tuckctl.locks import locked, take
+from tuckctl.kernel.flags import AT_FDCWD, Resolve
+from tuckctl.kernel.syscalls import Mount, mount_id, open_tree, openat2, show
+from tuckctl.locks import locked, release, take
 from tuckctl.plan import Live, classify, live_mounts, refuse_capabilities, refuse_nested
 from tuckctl.target import Target, base_directory, look, open_base, open_target
 
@@ -45,6 +46,8 @@ def _around(target: Target) -> list[Mount]:
 
 def _is_recorded(places: Places, mount: Mount) -> bool:
     """Whether a mount is on record as some target's: one without an overlay may not say so itself."""
+    if not mount.point.strip(b"/"):
+        return False
     current = Records(places.state, mount.point).current()
     return current is not None and (current.boot_id, current.mount_id) == (boot_id(), mount.id)
 
@@ -76,6 +79,7 @@ def open_scene(places: Places, path: bytes, deadline: float, *, adopt: bool) -> 
         refuse_nested(target, around, [mount for mount in around if _is_recorded(places, mount)])
         places.prepare(target.path)
         stack.enter_context(locked(places.lock(target.path), deadline, target.path))
+        stack.enter_context(_locked_directory(target, deadline))
         target = target.refreshed()
         records = Records(places.state, target.path)
         current, boot = records.current(), boot_id()
@@ -89,14 +93,30 @@ def open_scene(places: Places, path: bytes, deadline: float, *, adopt: bool) -> 
 
 
 @contextlib.contextmanager
-def lock_base(scene: Scene, deadline: float) -> Iterator[Fd]:
-    """Open base, and lock it too: a tool with another run directory works on the same directory."""
+def _locked_directory(target: Target, deadline: float) -> Iterator[None]:
+    """Lock the directory beneath all mounts of the target: a tool with another run directory works on it too."""
+    try:
+        with open_tree(target.parent, clone=True) as tree:
+            directory = openat2(tree, target.name, os.O_RDONLY | os.O_DIRECTORY, Resolve.NO_SYMLINKS)
+    except KernelError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        # In a user namespace the mount around may not be cloned alone. Then only the lock by name counts.
+        yield
+        return
+    with directory:
+        take(directory.fileno(), deadline, target.path)
+        try:
+            yield
+        finally:
+            release(directory.fileno())
+
+
+@contextlib.contextmanager
+def opened_base(scene: Scene) -> Iterator[Fd]:
+    """Open the directory that lies at the bottom."""
     covering = scene.live.covering
-    with (
-        open_base(scene.target, covering) as tree,
-        base_directory(scene.target, tree, covering) as directory,
-    ):
-        take(directory.fileno(), deadline, scene.target.path)
+    with open_base(scene.target, covering) as tree, base_directory(scene.target, tree, covering) as directory:
         yield directory
 
 

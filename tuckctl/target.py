@@ -48,6 +48,18 @@ def look(identity: int, namespace_id: int = 0) -> Mount:
     return statmount(identity, _ALL, namespace_id)
 
 
+def children(identity: int, namespace_id: int = 0) -> list[Mount]:
+    """Tell everything of the mounts that lie on one, except those that are going at this moment."""
+    found = []
+    for child in listmount(identity, namespace_id):
+        try:
+            found.append(look(child, namespace_id))
+        except KernelError as error:
+            if error.errno != errno.ENOENT:
+                raise
+    return found
+
+
 @dataclass(slots=True)
 class Target:
     """A directory whose content is to be replaced; owns a descriptor of the directory around it."""
@@ -172,7 +184,7 @@ def submounts(target: Target) -> list[Mount]:
     """List what is mounted below the target, as it is seen, parents before their children."""
     holder = target.top or target.around
     below = target.path + b"/"
-    found = [look(identity) for identity in listmount(holder.id)]
+    found = children(holder.id)
     if target.top is None:
         found = [mount for mount in found if mount.point.startswith(below)]
     return sorted(found, key=lambda mount: mount.point.count(b"/"))

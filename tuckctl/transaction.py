@@ -28,7 +28,7 @@ from tuckctl.plan import BUSY, attributes, option_names, parse_options, refuse_l
 from tuckctl.prune import drop_generations, drop_images
 from tuckctl.receivers import describe, observe, remedies
 from tuckctl.results import Holder, TargetResult, TransactionResult, infos
-from tuckctl.scene import Scene, absolute, lock_base, open_scene, refuse_inside
+from tuckctl.scene import Scene, absolute, open_scene, opened_base, refuse_inside
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,7 +90,7 @@ def swap(path: bytes, request: Request) -> TransactionResult:
         base = _base_of(request, scene)
         refuse_layers(len(request.images), base)
         flags = attributes(scene.target, scene.live, request.options)
-        bottom = stack.enter_context(lock_base(scene, deadline))
+        bottom = stack.enter_context(opened_base(scene))
         images = _open_images(stack, course, scene, request, places, deadline, bottom)
         if _unchanged(scene, images, flags, base):
             return _report_unchanged(course, scene)
@@ -135,7 +135,7 @@ def rollback(path: bytes, request: Request) -> TransactionResult:
         course.so_far = _as_it_is(scene)
         generation = _generation_to(scene, request.to)
         flags = parse_options(",".join(generation.options))[0]
-        bottom = stack.enter_context(lock_base(scene, deadline))
+        bottom = stack.enter_context(opened_base(scene))
         course.enter("images")
         stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
         if generation.number == scene.live.generation:
@@ -173,7 +173,6 @@ def detach(path: bytes, request: Request) -> TransactionResult:
         target, old = scene.target, scene.live.old
         if old is None:
             return course.result("unchanged", TargetResult(target.path, None, _previous(scene), None))
-        stack.enter_context(lock_base(scene, deadline))
         adopted, scene = _adopt(scene, course)
         if adopted is not None:
             scene.records.write(adopted)

@@ -90,7 +90,7 @@ def compile_bare(place: Path) -> Path:
     sources = (ROOT / "tests/bench/bare.c", ROOT / "csrc/syscalls.c")
     subprocess.run(
         [
-            *(os.environ.get("CC", "cc"), "-std=c11", "-D_GNU_SOURCE", "-O2"),
+            *(os.environ.get("CC", "cc"), "-std=c11", "-D_GNU_SOURCE", "-O2", "-Wall", "-Wextra", "-Wconversion"),
             f"-I{ROOT / 'csrc'}",
             *sources,
             "-o",
@@ -131,8 +131,9 @@ class Bare:
     """The C program, which swaps when it is told."""
 
     def __init__(self, program: Path, target: Path, state: Path) -> None:
-        command = [program, "swap", target, state]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            [program, "swap", target, state], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -233,8 +234,8 @@ def table(series: Sequence[Series], commands: Sequence[Command]) -> Iterator[str
         yield "Whole processes, medians in milliseconds."
         yield ""
         for command in commands:
-            ratio = command.milliseconds / commands[0].milliseconds
-            yield f"{command.name:<30}{command.milliseconds:>8.1f}{ratio:>7.1f}"
+            times = command.milliseconds / commands[0].milliseconds
+            yield f"{command.name:<30}{command.milliseconds:>8.1f}{times:>7.1f}"
 
 
 def run(place: Path, counts: Sequence[int], *, quick: bool) -> tuple[list[Series], list[Command]]:
@@ -321,8 +322,8 @@ def in_child(place: Path, counts: Sequence[int], *, quick: bool) -> dict[str, An
         os.waitpid(child, 0)
     if not answer:
         raise SystemExit(1)
-    document: dict[str, Any] = json.loads(answer)
-    return document
+    found: dict[str, Any] = json.loads(answer)
+    return found
 
 
 def main() -> None:

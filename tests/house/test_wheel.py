@@ -99,6 +99,12 @@ def test_the_wheel_holds_the_types_and_no_c_source(wheel: Path) -> None:
     assert not [name for name in names if name.endswith((".c", ".h"))]
 
 
+def test_the_wheel_holds_the_manual_page(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as files:
+        (page,) = [name for name in files.namelist() if name.endswith(".data/data/share/man/man8/tuckctl.8")]
+        assert files.read(page) == (ROOT / "docs/tuckctl.8").read_bytes()
+
+
 def test_the_extension_uses_the_stable_abi_of_3_11_and_nothing_else(wheel: Path) -> None:
     report = json.loads(run(sys.executable, "-m", "abi3audit", "--strict", "--report", wheel))
     (audited,) = report["specs"].values()

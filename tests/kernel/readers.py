@@ -74,6 +74,9 @@ _LOOKS = {
 }
 
 
+_REST = {Look.READ: 1, Look.STAT: 1, Look.READDIR: 3, Look.EXECVE: 30}
+
+
 class Report(NamedTuple):
     """What one reader saw: how often each content, a mixture of them, an error."""
 
@@ -127,7 +130,7 @@ class Readers:
 
     def _start(self, look: Look, relation: str, pause_us: int) -> tuple[Look, str, Watch, int]:
         watch = Watch()
-        watch.pause(pause_us)
+        watch.pause(pause_us * _REST[look])
         parent = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -169,9 +172,9 @@ class Readers:
             yield
 
     def pause(self, microseconds: int) -> None:
-        """Have every reader rest after each look; 0 is no rest."""
-        for _, _, watch, _ in self._readers:
-            watch.pause(microseconds)
+        """Have every reader rest after each look, longer after a long one; 0 is no rest."""
+        for look, _, watch, _ in self._readers:
+            watch.pause(microseconds * _REST[look])
 
     def reports(self) -> list[Report]:
         """Return what was seen so far."""

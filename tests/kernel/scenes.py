@@ -56,7 +56,14 @@ _T = TypeVar("_T")
 PATIENCE = 3.0
 MODES = {"private": Propagation.PRIVATE, "slave": Propagation.SLAVE, "shared": Propagation.SHARED}
 _USTAT = {"x86_64": 136}
-BASE = {"which": b"base", "only-base": b"base", "both/base": b"base", "sub/base": b"base", "sub2/x": b"", "file": b"base"}
+BASE = {
+    "which": b"base",
+    "only-base": b"base",
+    "both/base": b"base",
+    "sub/base": b"base",
+    "sub2/x": b"",
+    "file": b"base",
+}
 
 
 def image_files(name: str) -> dict[str, bytes]:

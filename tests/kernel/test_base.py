@@ -48,7 +48,14 @@ def see_exactly(scene: Scene, images: Sequence[str], below: str) -> None:
 
 @pytest.mark.parametrize(
     ("parent", "base", "below", "images"),
-    list(product(["shared", "private"], ["bare", "tmpfs", "ext4", "erofs"], ["under", "none", "other"], [["a"], ["a", "b", "c"]])),
+    list(
+        product(
+            ["shared", "private"],
+            ["bare", "tmpfs", "ext4", "erofs"],
+            ["under", "none", "other"],
+            [["a"], ["a", "b", "c"]],
+        )
+    ),
 )
 def test_each_swap_shows_exactly_its_images_over_base(
     disk: bytes, parent: str, base: str, below: str, images: list[str]
@@ -71,7 +78,9 @@ def test_each_swap_shows_exactly_its_images_over_base(
             else:
                 assert scene.top.fstype == "overlay"
                 assert layers(scene.target) == count
-            assert scene.top.source == b"tuckctl:%s@%d" % (scene.target, result.targets[0].generation or 0) or count == 1
+            assert (
+                scene.top.source == b"tuckctl:%s@%d" % (scene.target, result.targets[0].generation or 0) or count == 1
+            )
         tuckctl.detach(scene.target)
         assert set(scene.everywhere()) == {b"base"}
         assert len(scene.stack) == around

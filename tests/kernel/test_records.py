@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -103,11 +104,11 @@ def test_a_kept_image_that_is_gone_or_damaged_cannot_be_rolled_back_to(disk: byt
         ground.swap("b")
         content = read(kept)
         os.chmod(kept, 0o600)
-        os.truncate(kept, 100)
+        os.truncate(kept, 2048)
         for code, status in (("image-truncated", 5), ("image-gone", 3)):
             with ground.untouched():
                 error = failure(lambda: tuckctl.rollback(ground.target))
-            assert (error.code, error.exit_code) in ((code, status), ("image-unknown", 5)), error
+            assert (error.code, error.exit_code) == (code, status), error
             if os.path.exists(kept):
                 os.unlink(kept)
         Path(os.fsdecode(kept)).write_bytes(content)
@@ -132,9 +133,7 @@ def test_a_base_that_is_gone_cannot_be_rolled_back_to(disk: bytes) -> None:
     def work(ground: Ground) -> None:
         ground.swap("a", base=ground.folder("c"))
         ground.swap("b", base="under")
-        shutil.rmtree(ground.folder("c"))
-        os.rmdir(ground.folder("c")) if os.path.isdir(ground.disk + b"/trees/c") else None
-        shutil.rmtree(ground.disk + b"/trees/c", ignore_errors=True)
+        shutil.rmtree(ground.disk + b"/trees/c")
         with ground.untouched():
             error = failure(lambda: tuckctl.rollback(ground.target))
         assert (error.code, error.exit_code) == ("base-missing", 3)
@@ -178,10 +177,11 @@ def test_no_number_is_given_again_after_pruning_even_that_of_an_undone_swap(disk
         seen = []
         for name in "abcde":
             seen.append(ground.swap(name, keep=0).targets[0].generation)
-            with Holder_on(ground):
+            with contextlib.closing(Holder(ground.target + b"/which")):
                 error = failure(lambda n=name: ground.swap(n + "2", busy="fail", keep=0))  # type: ignore[misc]
             assert error.code == "busy"
-            tuckctl.rollback(ground.target) if name in "bd" else None
+            if name in "bd":
+                tuckctl.rollback(ground.target)
         assert seen == [1, 3, 5, 7, 9]
 
     on_ground(disk, work)
@@ -193,17 +193,6 @@ def test_a_swap_that_failed_before_it_began_uses_no_number(disk: bytes) -> None:
         assert ground.swap("a").targets[0].generation == 1
 
     on_ground(disk, work)
-
-
-class Holder_on:  # noqa: N801 - a with-block reads better so
-    def __init__(self, ground: Ground) -> None:
-        self.holder = Holder(ground.target + b"/which")
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        self.holder.close()
 
 
 # Back and forth.
@@ -506,10 +495,9 @@ def test_an_interrupted_write_leaves_the_old_record_and_no_files_that_pile_up(di
             assert {name: read(ground.records + b"/" + name) for name in before} == before
             assert ground.which() == b"a"
             assert tuckctl.status(ground.target).targets[0].generation == 1
-        left = [name for name in os.listdir(ground.records) if name.endswith(b".new")]
-        assert len(left) <= 6
         ground.swap("b")
         assert ground.which() == b"b"
+        assert [name for name in os.listdir(ground.records) if not name.endswith(b".json")] == []
 
     on_ground(disk, work)
 

@@ -150,11 +150,10 @@ def _stack(target: TargetStatus, style: Style) -> list[str]:
         not_there = ", not mounted" if target.state == "missing" else ""
         title = f"generation {target.generation}{before}{not_there}"
         layers.append([title, *(f"  {_image(image)}" for image in target.images)])
-    base = getattr(target, "base", None)
-    if base is None or base == b"under":
+    if target.base is None or target.base == b"under":
         layers.append([f"base: {show(target.target)} as it is below"])
-    elif base != b"none":
-        layers.append([f"base: {show(base)}"])
+    elif target.base != b"none":
+        layers.append([f"base: {show(target.base)}"])
     side, corner, tee, end, bar = "│┌├└─" if style.lines else "|+++-"
     lines = []
     size = max(len(line) for layer in layers for line in layer)
@@ -180,7 +179,8 @@ def history(document: History, style: Style) -> str:
         for each in document.generations
     ]
     head = ("", "GENERATION", "CREATED", "OUTCOME", "OPTIONS", "IMAGES")
-    return style.table(head, rows, f"tuckctl history --json {_quoted(document.target)}")
+    everything = f"tuckctl history --json {_quoted(document.target)}"
+    return f"{style.paint(show(document.target), 'bold')}:\n{style.table(head, rows, everything)}"
 
 
 def holders(document: Holders, style: Style) -> str:

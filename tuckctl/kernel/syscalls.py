@@ -8,6 +8,7 @@ listmount(2), umount2(2), setns(2), unshare(2), openat2(2), ioctl_ns(2), loop(4)
 
 from __future__ import annotations
 
+import functools
 import os
 from typing import TYPE_CHECKING, Protocol
 
@@ -38,6 +39,9 @@ _EOVERFLOW = 75
 _ENAMETOOLONG = 36
 _EINVAL = 22
 _STRINGS = 512
+# A thousand mounts have few different flags, and an enum's member takes longer to find than a mount.
+_attributes = functools.lru_cache(maxsize=256)(MountAttr)
+_propagation = functools.lru_cache(maxsize=256)(Propagation)
 
 
 class HasFileno(Protocol):
@@ -207,9 +211,7 @@ def mount_setattr(
 ) -> None:
     """Change the attributes or the propagation of a mount (Linux 5.12)."""
     flags = At.NO_AUTOMOUNT | At.SYMLINK_NOFOLLOW | (At.RECURSIVE if recursive else 0) | (0 if path else At.EMPTY_PATH)
-    value = lib.tuck_mount_setattr(
-        _number(directory), _text(path, "mount_setattr"), flags, set_, clear, propagation, 0
-    )
+    value = lib.tuck_mount_setattr(_number(directory), _text(path, "mount_setattr"), flags, set_, clear, propagation, 0)
     _check(value, "mount_setattr", directory, path)
 
 
@@ -252,8 +254,8 @@ def statmount(mount_id: int, mask: StatMount, namespace_id: int = 0) -> Mount:
         raise KernelError("statmount", f"mount {mount_id}", -value)
 
     def string(offset: int) -> bytes:
-        start = _STRINGS + offset
-        return bytes(ffi.buffer(buffer, size)[start : start + found.size - start]).split(b"\0", 1)[0]
+        text: bytes = ffi.string(buffer + _STRINGS + offset)
+        return text
 
     has = found.mask
     return Mount(
@@ -262,8 +264,8 @@ def statmount(mount_id: int, mask: StatMount, namespace_id: int = 0) -> Mount:
         old_id=found.mnt_id_old,
         namespace_id=found.mnt_ns_id,
         device=(found.sb_dev_major, found.sb_dev_minor),
-        attributes=MountAttr(found.mnt_attr),
-        propagation=Propagation(found.mnt_propagation),
+        attributes=_attributes(found.mnt_attr),
+        propagation=_propagation(found.mnt_propagation),
         peer_group=found.mnt_peer_group,
         master=found.mnt_master,
         fstype=string(found.fs_type).decode("ascii", "backslashreplace") if has & 0x20 else "",
@@ -404,7 +406,7 @@ def clone_file(target: Descriptor, source: Descriptor) -> None:
 
 def list_namespaces(start: Descriptor) -> list[Namespace]:
     """List every mount namespace that the caller may see, those without a process too (Linux 6.12)."""
-    room = 256
+    room = 2048
     while True:
         found = ffi.new("struct tuck_namespace[]", room)
         count = _check(lib.tuck_list_namespaces(_number(start), found, room), "ioctl(NS_MNT_GET_NEXT)", start)
@@ -426,6 +428,21 @@ class Match:
     peer_group: int
     master: int
     device: tuple[int, int]
+
+
+def match_of(mount: Mount, beside: Match) -> Match:
+    """Return a mount in the form of a walk's finding, from the namespace of another one."""
+    return Match(
+        beside.namespace_id,
+        beside.namespace_inode,
+        mount.id,
+        mount.parent_id,
+        mount.attributes,
+        mount.propagation,
+        mount.peer_group,
+        mount.master,
+        mount.device,
+    )
 
 
 def find_mounts(
@@ -451,8 +468,8 @@ def find_mounts(
             m.namespace_inode,
             m.mount_id,
             m.parent_id,
-            MountAttr(m.attributes),
-            Propagation(m.propagation),
+            _attributes(m.attributes),
+            _propagation(m.propagation),
             m.peer_group,
             m.master,
             (m.device.major, m.device.minor),
@@ -486,9 +503,7 @@ def find_holders(
     room = 256
     while True:
         found = ffi.new("struct tuck_holder[]", room)
-        count = lib.tuck_find_holders(
-            _number(proc), ids, len(mount_ids), wanted, len(devices), found, room, unseen
-        )
+        count = lib.tuck_find_holders(_number(proc), ids, len(mount_ids), wanted, len(devices), found, room, unseen)
         _check(count, "openat", path=b"/proc")
         if count <= room:
             break

@@ -57,14 +57,19 @@ def in_copy(work: Callable[[], _T], *, directory: Descriptor | None = None) -> _
     """Run work in a fresh copy of this mount namespace, gone when it ends.
 
     The working directory there is `directory`'s counterpart in the copy: unshare(2) carries over the
-    current directory, even where other mounts cover it.
+    current directory, even where other mounts cover it. The thread leaves the copy before it ends: a
+    thread counts as ended a little before the kernel lets go of what it had.
     """
 
     def enter() -> _T:
-        if directory is not None:
-            os.fchdir(directory if isinstance(directory, int) else directory.fileno())
-        unshare(Clone.NEWNS)
-        return work()
+        with own_namespace() as origin:
+            if directory is not None:
+                os.fchdir(directory if isinstance(directory, int) else directory.fileno())
+            unshare(Clone.NEWNS)
+            try:
+                return work()
+            finally:
+                setns(origin, Clone.NEWNS)
 
     return on_thread(enter)
 

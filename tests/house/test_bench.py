@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark runs through and says what it promises to say. What it measures is no matter of passing or failing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PHASES = ["look", "images", "assemble", "tuck", "verify", "reveal", "check", "record", "rest", "total"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting an image needs root")
+def test_the_benchmark_prints_every_phase_beside_the_bare_calls(tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    done = subprocess.run(
+        [sys.executable, ROOT / "tests/bench/run.py", "--quick", "--namespaces", "1,10", "--json", figures],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = [line.split() for line in done.stdout.splitlines() if line]
+    assert [line[0] for line in lines if line[0] in PHASES] == PHASES
+    assert all(len(line) == 7 for line in lines if line[0] in PHASES)
+    assert any(line[:3] == ["python3", "-c", "pass"] for line in lines)
+    document = json.loads(figures.read_text())
+    assert [series["namespaces"] for series in document["series"]] == [1, 10]
+    for series in document["series"]:
+        assert [row["phase"] for row in series["rows"]] == PHASES
+        assert series["receivers"] == series["namespaces"] + 1
