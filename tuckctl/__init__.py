@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from tuckctl.commands import detach, history, holders, rollback, status, swap
+    from tuckctl.demonstration import DemoResult, Measured, demo
     from tuckctl.errors import (
         FailedError,
         ImageError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "DemoResult",
     "FailedError",
     "GenerationInfo",
     "History",
@@ -47,6 +49,7 @@ __all__ = [
     "IncompleteError",
     "KernelError",
     "LockedError",
+    "Measured",
     "PartialError",
     "Problem",
     "Receiver",
@@ -59,6 +62,7 @@ __all__ = [
     "UndoneError",
     "UnsupportedError",
     "UsageError",
+    "demo",
     "detach",
     "history",
     "holders",
@@ -68,6 +72,7 @@ __all__ = [
 ]
 
 _COMMANDS = ("detach", "history", "holders", "rollback", "status", "swap")
+_DEMONSTRATION = ("DemoResult", "Measured", "demo")
 
 
 def __getattr__(name: str) -> Any:
@@ -77,6 +82,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(msg)
     if name in _COMMANDS:
         from tuckctl import commands as module  # noqa: PLC0415
+    elif name in _DEMONSTRATION:
+        from tuckctl import demonstration as module  # type: ignore[no-redef]  # noqa: PLC0415
     elif name.endswith("Error"):
         from tuckctl import errors as module  # type: ignore[no-redef]  # noqa: PLC0415
     else:

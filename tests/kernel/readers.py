@@ -37,7 +37,9 @@ def programs(folder: Path) -> dict[str, bytes]:
         source, program = folder / f"{name}.c", folder / name
         source.write_text(f"int main(void) {{ return {code}; }}\n", "ascii")
         done = subprocess.run(
-            [os.environ.get("CC", "cc"), "-static", "-Os", "-s", source, "-o", program], check=False, capture_output=True
+            [os.environ.get("CC", "cc"), "-static", "-Os", "-s", source, "-o", program],
+            check=False,
+            capture_output=True,
         )
         if done.returncode != 0:
             pytest.skip(f"a static program cannot be built: {done.stderr.decode('utf-8', 'replace')}")
@@ -74,6 +76,7 @@ _LOOKS = {
 }
 
 
+# The longer a look holds what it looks at, the longer the rest: else old would hardly ever be free.
 _REST = {Look.READ: 1, Look.STAT: 1, Look.READDIR: 3, Look.EXECVE: 30}
 
 

@@ -33,7 +33,8 @@ pytestmark = needs_root
 
 TUCKCTL = [sys.executable, "-m", "tuckctl"]
 ROOT = Path(__file__).parents[2]
-WORK = {"PYTHONPATH": str(ROOT)}
+# With Python's own buffering, as users have it.
+WORK = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
 PATIENCE = 10.0
 Word = str | bytes
 
@@ -379,6 +380,19 @@ def test_standard_output_may_be_closed_full_or_a_pipe_that_nobody_reads(disk: by
             assert ground.which() == (b"x", b"y")[number % 2]
 
     on_ground(disk, work)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["-h"], ["swap", "--help"], ["swap", "-h"]])
+def test_help_and_version_are_printed_wherever_they_go(words: list[Word]) -> None:
+    done = tuckctl(*words)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.endswith("\n")
+    script = shlex.join([*TUCKCTL, *map(str, words)])
+    for end in (">/dev/full", "| true", ">&-"):
+        failed = subprocess.run(
+            ["bash", "-c", f"{script} {end}"], check=False, capture_output=True, text=True, env=os.environ | WORK
+        )
+        assert failed.stderr in {"", "tuckctl: the result could not be written: no space left on device\n"}
 
 
 def test_a_bug_is_a_sentence_and_its_traceback_is_in_the_debug_log_alone() -> None:

@@ -32,7 +32,7 @@ pytestmark = needs_root
 
 KINDS = ("erofs", "squashfs", "ext4", "directory")
 EXCHANGES = int(os.environ.get("TUCKCTL_TEST_EXCHANGES", "2000"))
-FEWEST_LOOKS = 10
+FEWEST_LOOKS = 100
 _RUSHED, _USUAL, _RELAXED = 0, 400, 5000
 _AFTERWARDS = 20
 _MOST_NAIVE = 2000

@@ -9,6 +9,7 @@ import typer
 from tuckctl import __version__
 from tuckctl.cli.operands import parse
 from tuckctl.cli.options import Adopt, Busy, Job, Json, LogFormat, LogLevel, Target, Timeout
+from tuckctl.cli.streams import say
 
 _COMMANDS = "tuckctl.commands"
 
@@ -23,7 +24,7 @@ app = typer.Typer(
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer calls it
     if value:
-        print(f"tuckctl {__version__}")  # noqa: T201 - the command line
+        say(f"tuckctl {__version__}\n")
         raise typer.Exit
 
 

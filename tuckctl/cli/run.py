@@ -65,6 +65,9 @@ def _read(arguments: Sequence[str]) -> Job | int:
         raise UsageError("usage", sentence, f"{where} --help") from error
     except SystemExit as end:  # how typer ends when nobody reads its help
         return end.code if isinstance(end.code, int) else 1
+    except OSError as error:
+        streams.fail_to_say(error)
+        return 1
     return read or 0
 
 

@@ -42,8 +42,13 @@ def say(text: str) -> None:
     except BrokenPipeError:
         _silence()
     except OSError as error:
-        _silence()
-        complain(f"tuckctl: the result could not be written: {os.strerror(error.errno or 0).lower()}\n")
+        fail_to_say(error)
+
+
+def fail_to_say(error: OSError) -> None:
+    """Tell that standard output takes nothing."""
+    _silence()
+    complain(f"tuckctl: the result could not be written: {os.strerror(error.errno or 0).lower()}\n")
 
 
 def complain(text: str) -> None:

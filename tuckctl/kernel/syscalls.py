@@ -311,7 +311,7 @@ def setns(namespace: Descriptor, kind: Clone) -> None:
 
 def unshare(flags: Clone) -> None:
     """Give the calling thread namespaces of its own. Call it only on a thread that ends after its work."""
-    _check(lib.tuck_unshare(flags), "unshare", path=str(flags).encode())
+    _check(lib.tuck_unshare(flags), "unshare", path=(flags.name or str(flags)).encode())
 
 
 @frozen
