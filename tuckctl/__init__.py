@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     )
     from tuckctl.results import (
         GenerationInfo,
+        History,
         Holder,
         Holders,
-        History,
         ImageInfo,
         Problem,
         Receiver,

@@ -101,9 +101,7 @@ def rollback(
     return transaction.rollback(os.fsencode(target), request)
 
 
-def detach(
-    target: StrPath, *, busy: Busy = "lazy", timeout: float = 30.0, adopt: bool = False
-) -> TransactionResult:
+def detach(target: StrPath, *, busy: Busy = "lazy", timeout: float = 30.0, adopt: bool = False) -> TransactionResult:
     """Take the overlay off a target, back to base."""
     from tuckctl import transaction  # noqa: PLC0415 - as above
 

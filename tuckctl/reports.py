@@ -15,7 +15,7 @@ from tuckctl.kernel.fd import standard_streams
 from tuckctl.places import Places
 from tuckctl.plan import classify, live_mounts
 from tuckctl.receivers import describe, observe
-from tuckctl.results import GenerationInfo, Holders, History, Problem, Receiver, Status, TargetStatus, infos
+from tuckctl.results import GenerationInfo, History, Holders, Problem, Receiver, Status, TargetStatus, infos
 from tuckctl.target import Target, open_target
 
 if TYPE_CHECKING:
@@ -109,9 +109,7 @@ def _status(target: Target, places: Places, warnings: list[Problem]) -> TargetSt
     )
 
 
-def _receivers(
-    target: Target, ours: dict[int, int | None], generation: int | None
-) -> tuple[tuple[Receiver, ...], int]:
+def _receivers(target: Target, ours: dict[int, int | None], generation: int | None) -> tuple[tuple[Receiver, ...], int]:
     """Find who sees the live overlay; of older generations those whose superblock is known here."""
     mounts = [mount for mount in target.stack if mount.id in ours]
     if not mounts:

@@ -295,7 +295,9 @@ def _mount_content(
             layers.append(stack.enter_context(openat2(AT_FDCWD, base, os.O_PATH | os.O_DIRECTORY)))
         except KernelError as error:
             why = os.strerror(error.errno).lower()
-            raise RefusedError("base-missing", f"{show(base)}: {why}", "--base takes under, none or a directory") from error
+            raise RefusedError(
+                "base-missing", f"{show(base)}: {why}", "--base takes under, none or a directory"
+            ) from error
     try:
         return stack.enter_context(assemble(Overlay(tuple(layers), source_name(target, number), flags)))
     except KernelError as error:

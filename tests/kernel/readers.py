@@ -24,16 +24,15 @@ if TYPE_CHECKING:
 
 RELATIONS = ("peer", "slave", "slave of a slave", "user")
 BASE, FIRST, SECOND = "base", "first", "second"
-# The size of a file and a program's exit code tell them apart too; base is none of the good ones.
-_SIZES = {BASE: 3, FIRST: 11, SECOND: 22}
-_CODES = {BASE: 3, FIRST: 11, SECOND: 22}
+# What tells each content from the others: the size of a file, and the exit code of a program.
+_SIGNS = {BASE: 3, FIRST: 11, SECOND: 22}
 _NAMES = 20
 
 
 def programs(folder: Path) -> dict[str, bytes]:
     """Build a small static program for each content, which ends with its exit code."""
     built = {}
-    for name, code in _CODES.items():
+    for name, code in _SIGNS.items():
         source, program = folder / f"{name}.c", folder / name
         source.write_text(f"int main(void) {{ return {code}; }}\n", "ascii")
         done = subprocess.run(
@@ -54,7 +53,7 @@ def fill(folder: bytes, name: str, program: bytes) -> bytes:
         folder,
         {
             "deep/er/which": text,
-            "size": b"." * _SIZES[name],
+            "size": b"." * _SIGNS[name],
             "program": program,
             **{f"names/{number:02}-{name}": b"" for number in range(_NAMES)},
         },
@@ -69,10 +68,10 @@ def _names(*contents: str) -> bytes:
 
 # What is looked at, and what each content looks like; an overlay's directory has the names of base as well.
 _LOOKS = {
-    Look.READ: (b"deep/er/which", {name: name.encode() for name in _SIZES}),
-    Look.STAT: (b"size", {name: b"%d" % size for name, size in _SIZES.items()}),
+    Look.READ: (b"deep/er/which", {name: name.encode() for name in _SIGNS}),
+    Look.STAT: (b"size", {name: b"%d" % size for name, size in _SIGNS.items()}),
     Look.READDIR: (b"names", {BASE: _names(BASE), FIRST: _names(BASE, FIRST), SECOND: _names(BASE, SECOND)}),
-    Look.EXECVE: (b"program", {name: b"%d" % code for name, code in _CODES.items()}),
+    Look.EXECVE: (b"program", {name: b"%d" % code for name, code in _SIGNS.items()}),
 }
 
 
@@ -113,23 +112,19 @@ class Readers:
                     self._readers.append(self._start(look, relation, pause_us))
             wait_until(lambda: all(watch.ready for _, _, watch, _ in self._readers))
         except BaseException:
-            self.__exit__()
+            self._end()
             raise
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         for _, _, _, pid in self._readers:
             end(pid)
         self._readers.clear()
-
-    def __len__(self) -> int:
-        return len(self._readers)
-
-    @property
-    def pids(self) -> list[int]:
-        return [pid for _, _, _, pid in self._readers]
 
     def _start(self, look: Look, relation: str, pause_us: int) -> tuple[Look, str, Watch, int]:
         watch = Watch()

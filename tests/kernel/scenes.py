@@ -36,6 +36,7 @@ from tuckctl.kernel.syscalls import (
     mount_id,
     mount_setattr,
     move_mount,
+    move_mount_set_group,
     namespace_id,
     open_tree,
     setns,
@@ -472,6 +473,16 @@ def bind(source: bytes, path: bytes, propagation: Propagation | None = None) -> 
     if propagation is not None:
         mount_setattr(AT_FDCWD, path, propagation=propagation)
     return look(mount_id(AT_FDCWD, path))
+
+
+def only_here(parent: bytes, work: Callable[[], _T]) -> _T:
+    """Mount something on a shared mount, in this namespace alone: it leaves its peer group for the moment."""
+    with open_tree(AT_FDCWD, parent) as onto, open_tree(onto, clone=True) as member:
+        mount_setattr(onto, propagation=Propagation.PRIVATE)
+        try:
+            return work()
+        finally:
+            move_mount_set_group(member, onto)
 
 
 def take_off(path: bytes) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +28,10 @@ SERIES = {"swaps", "reads", "old", "new", "base", "errors", "longest_absence_us"
 DOCUMENT = {"schema", "error", "warnings", "tuck", "naive", "namespaces", "seconds"}
 _NOBODY = 65534
 _PATIENCE = 10.0
-FEW = {"swaps": 20, "namespaces": 4}
+
+
+def _small(progress: Callable[[str, int, int], None] | None = None) -> DemoResult:
+    return demo(swaps=20, namespaces=4, progress=progress)
 
 
 def _as_nobody() -> DemoResult:
@@ -71,7 +75,7 @@ def test_the_demo_as_root_swaps_erofs_files_and_nobody_sees_base(capsys: pytest.
     assert result.warnings == ()
     assert told == [(name, done, 200) for name in ("tuck", "naive") for done in range(1, 201)]
     with capsys.disabled():
-        print(f"\n  as root, {result.seconds} seconds: {result.tuck}; {result.naive}")
+        sys.stdout.write(f"\n  as root, {result.seconds} seconds: {result.tuck}; {result.naive}\n")
 
 
 def test_the_demo_without_root_works_and_nobody_sees_base(capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,17 +83,17 @@ def test_the_demo_without_root_works_and_nobody_sees_base(capsys: pytest.Capture
     _holds(result, 200, 20)
     assert result.warnings == ()
     with capsys.disabled():
-        print(f"\n  without root, {result.seconds} seconds: {result.tuck}; {result.naive}")
+        sys.stdout.write(f"\n  without root, {result.seconds} seconds: {result.tuck}; {result.naive}\n")
 
 
 def test_the_demo_as_root_of_a_user_namespace_takes_directories_and_says_so() -> None:
-    result = lab.in_user_namespace(demo, **FEW)
+    result = lab.in_user_namespace(_small)
     _holds(result, 20, 4)
     assert [warning.code for warning in result.warnings] == ["directories-as-images"]
 
 
 def test_the_document_of_the_demo_has_the_promised_fields() -> None:
-    document = json.loads(json.dumps(as_json(demo(**FEW))))
+    document = json.loads(json.dumps(as_json(_small())))
     assert set(document) == DOCUMENT
     assert set(document["tuck"]) == set(document["naive"]) == SERIES
     assert document["schema"] == "tuckctl.demo/1"
@@ -118,9 +122,10 @@ def test_where_no_namespace_may_be_made_the_demo_says_so() -> None:
 
 
 def test_a_demo_of_nothing_is_refused() -> None:
-    for nothing in ({"swaps": 0}, {"namespaces": 0}):
-        with pytest.raises(UsageError):
-            demo(**nothing)
+    with pytest.raises(UsageError):
+        demo(swaps=0)
+    with pytest.raises(UsageError):
+        demo(namespaces=0)
 
 
 def _interrupt(name: str, done: int, _all: int) -> None:
@@ -131,7 +136,7 @@ def _interrupt(name: str, done: int, _all: int) -> None:
 def test_an_interrupted_demo_leaves_no_process() -> None:
     before = lab.children()
     with pytest.raises(KeyboardInterrupt):
-        demo(progress=_interrupt, **FEW)
+        _small(_interrupt)
     assert lab.children() == before
 
 
@@ -143,10 +148,14 @@ def _below(pid: int) -> list[int]:
 def _kill_in_the_middle(victim: Callable[[int], int]) -> None:
     """Kill a process of a running demo; see every other one end by itself."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
+
+    def tell(*_: object) -> None:
+        os.write(writing, b".")
+
     caller = os.fork()
     if caller == 0:
         with contextlib.suppress(BaseException):
-            demo(progress=lambda *_: os.write(writing, b".") and None)
+            demo(progress=tell)
         os._exit(0)
     os.close(writing)
     os.read(reading, 1)

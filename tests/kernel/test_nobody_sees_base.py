@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -194,21 +195,16 @@ def _prove(disk: bytes, kind: str, built: dict[str, bytes]) -> tuple[list[Report
     return reports, done, spent, seconds
 
 
-def _tell(capsys: pytest.CaptureFixture[str], title: str, reports: list[Report], *more: str) -> None:
+def _tell(capsys: pytest.CaptureFixture[str], *lines: str, reports: list[Report]) -> None:
+    """Show what was counted, whether or not pytest was asked for output."""
+    text = [*lines]
+    for look in dict.fromkeys(report.look for report in reports):
+        those = [report for report in reports if report.look == look]
+        names = ("looks", "first", "second", "base", "mixtures", "errors")
+        counts = ", ".join(f"{sum(getattr(report, name) for report in those):,} {name}" for name in names)
+        text.append(f"{look}: {counts}")
     with capsys.disabled():
-        print(f"\n  {title}")
-        for line in more:
-            print(f"    {line}")
-        for look in dict.fromkeys(report.look for report in reports):
-            those = [report for report in reports if report.look == look]
-            looks, first, second, base, mixtures, errors = (
-                sum(getattr(report, name) for report in those)
-                for name in ("looks", "first", "second", "base", "mixtures", "errors")
-            )
-            print(
-                f"    {look:8}{looks:>10,} looks{first:>10,} first{second:>10,} second"
-                f"{base:>8,} base{mixtures:>6,} mixtures{errors:>6,} errors"
-            )
+        sys.stdout.write("\n  " + "\n    ".join(text) + "\n")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -219,9 +215,9 @@ def test_nobody_sees_base_an_error_or_a_mixture(
     _tell(
         capsys,
         f"{kind}: {len(reports)} readers, {seconds:.1f} seconds",
-        reports,
         ", ".join(f"{manner} {times:,}" for manner, times in done.items()),
         "us a swap: " + ", ".join(f"{phase} {time_:,}" for phase, time_ in spent.items()),
+        reports=reports,
     )
     for report in reports:
         record_property(f"{kind}, {report.look}, {report.relation}", report._asdict())
@@ -253,7 +249,7 @@ def test_the_same_readers_notice_an_unmount_and_mount(
     disk: bytes, built: dict[str, bytes], capsys: pytest.CaptureFixture[str]
 ) -> None:
     reports = in_own_namespace(_unmount_and_mount, disk, built)
-    _tell(capsys, "unmount and mount", reports)
+    _tell(capsys, "unmount and mount", reports=reports)
     wronged = {report.look for report in reports if report.base or report.errors}
     assert wronged == {report.look for report in reports}
     with pytest.raises(AssertionError):

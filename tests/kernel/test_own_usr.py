@@ -19,7 +19,7 @@ import pytest
 import tuckctl
 from tests.kernel.ground import Ground, on_ground
 from tests.kernel.lab import mount_lines, needs_root, run
-from tests.kernel.scenes import bind, read
+from tests.kernel.scenes import read
 from tuckctl.kernel import _floor
 from tuckctl.kernel.flags import AT_FDCWD, Umount
 from tuckctl.kernel.syscalls import move_mount, open_tree, umount2
@@ -248,7 +248,9 @@ def test_the_command_replaces_the_usr_it_runs_from_and_rolls_back_to_one_without
             while any(line.split(b" ")[4] == b"/usr" for line in mount_lines()):
                 umount2(b"/usr", Umount.DETACH)
 
-    for (status, output, errors, seen), expected in zip(on_ground(disk, act), ("without", "with", "without"), strict=True):
+    for (status, output, errors, seen), expected in zip(
+        on_ground(disk, act), ("without", "with", "without"), strict=True
+    ):
         assert status == 0, errors + output
         assert "Traceback" not in errors
         assert json.loads(output)["outcome"] == "swapped"
