@@ -7,8 +7,9 @@ receiver. So only submounts that are shared travel in the tree; the others are a
 while new has left its peer group for the moment: no one can see it yet.
 
 A shared submount that has others on it is in one peer group with its clone, and with whatever else is
-mounted from the same place: what is unmounted on the one goes from all of them. So its clone travels in a
-group of its own, and the originals get one of their own before they go (tuckctl.loosening).
+mounted from the same place: what is unmounted on the one goes from all of them. So where old is going to
+be unmounted, the clone travels in a group of its own, and the originals get one of their own before they
+go (tuckctl.loosening).
 """
 
 from __future__ import annotations
@@ -100,8 +101,11 @@ class Carriage:
                 f"unmount {where}, or change the image",
             )
 
-    def attach(self, new: Fd, *, parent_shared: bool) -> None:
-        """Attach to the detached new what may travel with it; refuse what has no place there."""
+    def attach(self, new: Fd, *, parent_shared: bool, on_top: bool) -> None:
+        """Attach to the detached new what may travel with it; refuse what has no place there.
+
+        What comes to lie on top, with nothing to be unmounted, may keep its groups.
+        """
         for item in self.carried:
             self._refuse_without_place(item, new)
         # Children first: only the root of a detached tree can still be changed (mount_setattr(2)).
@@ -109,9 +113,13 @@ class Carriage:
             if not (item.shared or item.onto_alone or not parent_shared):
                 continue
             onto = self._onto(item, new)
-            if item.parent is not None:
+            if item.parent is None or item.onto_alone:
+                move_mount(item.clone, onto, item.place)
+            elif on_top:
+                _attach_alone(item, onto)
+            else:
                 mount_setattr(onto, propagation=Propagation.PRIVATE)
-            move_mount(item.clone, onto, item.place)
+                move_mount(item.clone, onto, item.place)
 
     def attach_alone(self, new: Fd, *, parent_shared: bool) -> None:
         """Attach to the tucked new, here only, the submounts that are not shared."""
@@ -121,13 +129,18 @@ class Carriage:
             onto = self._onto(item, new)
             if not look(mount_id(onto)).peer_group:
                 move_mount(item.clone, onto, item.place)
-                continue
-            with open_tree(onto, clone=True) as member:
-                mount_setattr(onto, propagation=Propagation.PRIVATE)
-                try:
-                    move_mount(item.clone, onto, item.place)
-                finally:
-                    move_mount_set_group(member, onto)
+            else:
+                _attach_alone(item, onto)
+
+
+def _attach_alone(item: Carried, onto: Fd) -> None:
+    """Attach a clone to a shared mount and to no other of its group, which that one leaves for the moment."""
+    with open_tree(onto, clone=True) as member:
+        mount_setattr(onto, propagation=Propagation.PRIVATE)
+        try:
+            move_mount(item.clone, onto, item.place)
+        finally:
+            move_mount_set_group(member, onto)
 
 
 def _refuse(code: str, mount: Mount, why: str, hint: str) -> RefusedError:

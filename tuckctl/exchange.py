@@ -204,7 +204,8 @@ class Exchange:
 
     def holders(self) -> tuple[Holder, ...]:
         """Return who uses the content that is to be replaced."""
-        return find_holders(self.target.path, self._covered, (self.old.device,) if self.old else ())
+        devices = (self.old.device,) if self.old else ()
+        return find_holders(self.target.path, self._covered, devices, still_mounted=True)
 
     def _detach(self, found: Arrival) -> None:
         below = [item.mount for item in self.carriage.carried]
@@ -279,7 +280,8 @@ class Exchange:
         top = self.target.top_id()
         if self.old is None:
             if top == self.new_id:
-                umount2(self.target.place, Umount.DETACH)
+                copies = [match for match in observe([look(top).device]).matches if match.mount_id >= top]
+                _detach(self.target, top, children(top), copies)
             return True
         if top == self.new_id:
             return False

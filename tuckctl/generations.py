@@ -224,16 +224,10 @@ class Records:
         if found is None:
             return None
         try:
-            if found["format"] != FORMAT or found["number"] != number:
-                msg = f"format {found['format']}, number {found['number']}"
-                raise ValueError(msg)
-            target = _name(found["target"])
-            if not target.startswith(b"/") or key_of(target).encode() != os.path.basename(self.directory):
-                msg = "it belongs to another target"
-                raise ValueError(msg)
+            self._check_place(found, number)
             return Generation(
                 number,
-                target,
+                _name(found["target"]),
                 tuple(_image(image) for image in _typed(found, "images", list)),
                 tuple(_option(option) for option in _typed(found, "options", list)),
                 _name(found["base"]),
@@ -244,6 +238,16 @@ class Records:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(f"{number}.json", error) from error
+
+    def _check_place(self, found: dict[str, Any], number: int) -> None:
+        """Raise ValueError unless a record belongs where it lies."""
+        if found["format"] != FORMAT or found["number"] != number:
+            msg = f"format {found['format']}, number {found['number']}"
+            raise ValueError(msg)
+        target = _name(found["target"])
+        if not target.startswith(b"/") or key_of(target).encode() != os.path.basename(self.directory):
+            msg = "it belongs to another target"
+            raise ValueError(msg)
 
     def numbers(self) -> list[int]:
         """Return the numbers of all recorded generations, oldest first."""
@@ -259,7 +263,8 @@ class Records:
         """Return the number for the next generation; numbers are never used again."""
         current = self.current()
         named = (current.generation or 0, current.previous or 0) if current is not None else ()
-        return max([0, *self.numbers()[-1:], *named]) + 1
+        last: int = max([0, *self.numbers()[-1:], *named])
+        return last + 1
 
     def draft(self, generation: Generation) -> Draft:
         """Write a generation's record, to be published later."""

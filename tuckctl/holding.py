@@ -43,8 +43,18 @@ def _path(holder: RawHolder, target: bytes) -> bytes:
     return target
 
 
-def find(target: bytes, mount_ids: Sequence[int], devices: Sequence[tuple[int, int]]) -> tuple[Holder, ...]:
-    """Return each use of these mounts by a process, in the order of pids; a file that is open twice counts once."""
+def find(
+    target: bytes,
+    mount_ids: Sequence[int],
+    devices: Sequence[tuple[int, int]],
+    *,
+    still_mounted: bool = False,
+) -> tuple[Holder, ...]:
+    """Return each use of these mounts by a process, in the order of pids; a file that is open twice counts once.
+
+    Watches tell a superblock's device number only. Once nothing holds the mounts any more, their superblocks
+    are gone and the numbers may be another's: then watches are none of theirs.
+    """
     if not mount_ids and not devices:
         return ()
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -52,6 +62,8 @@ def find(target: bytes, mount_ids: Sequence[int], devices: Sequence[tuple[int, i
         raw, _ = find_holders(proc, mount_ids, devices)
     finally:
         os.close(proc)
+    if all(use.kind == Hold.WATCH for use in raw) and not still_mounted:
+        raw = []
     found: dict[tuple[int, str, bytes], Holder] = {}
     for use in sorted(raw, key=lambda use: (use.pid, use.kind, use.number)):
         kind = Hold(use.kind).name.lower()

@@ -75,7 +75,6 @@ def courtesy(fd: int, seconds: float) -> Iterator[None]:
     pause = _FIRST_WAIT
     while not (held := _try(fd, shared=False)) and time.monotonic() < deadline:
         time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_WAIT)
     try:
         yield
     finally:

@@ -82,7 +82,7 @@ def classify(target: Target, ours: dict[int, int | None], *, adopt: bool) -> Liv
     if len(ours) > 1:
         raise IncompleteError(
             "interrupted",
-            f"{show(target.path)}: {len(ours)} overlays of tuckctl lie on one another, left by an interrupted transaction",
+            f"{show(target.path)}: {len(ours)} overlays of tuckctl lie on one another: a transaction was interrupted",
             f"tuckctl recover {show(target.path)}",
         )
     if top is not None and top.id in ours:

@@ -45,7 +45,7 @@ def drop_images(places: Places) -> None:
 
 
 def _drop_unnamed(places: Places) -> None:
-    named = set()
+    named: set[str | None] = set()
     for records in all_records(places.state):
         for number in records.numbers():
             generation = records.get(number)

@@ -122,7 +122,7 @@ def opened_base(scene: Scene) -> Iterator[Fd]:
 
 def _ancestors(fd: Fd) -> set[tuple[int, int]]:
     """Return the identity of a directory and of each above it."""
-    found = set()
+    found: set[tuple[int, int]] = set()
     with Fd(os.open(fd.path(), os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)) as start:
         here = Fd(os.dup(start.fileno()))
     while True:

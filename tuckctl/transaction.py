@@ -91,7 +91,7 @@ def swap(path: bytes, request: Request) -> TransactionResult:
         refuse_layers(len(request.images), base)
         flags = attributes(scene.target, scene.live, request.options)
         bottom = stack.enter_context(opened_base(scene))
-        images = _open_images(stack, course, scene, request, places, deadline, bottom)
+        images = _open_images(stack, course, scene, request, places=places, deadline=deadline, bottom=bottom)
         if _unchanged(scene, images, flags, base):
             return _report_unchanged(course, scene)
         adopted, scene = _adopt(scene, course)
@@ -107,13 +107,13 @@ def swap(path: bytes, request: Request) -> TransactionResult:
         )
         course.enter("assemble")
         carriage = stack.enter_context(gather(scene.target))
-        new = _mount_content(stack, images, base, bottom, generation.number, flags, scene, places)
+        new = _mount_content(stack, scene, generation, images, bottom=bottom, flags=flags, places=places)
         exchange = _prepare(scene, new, carriage)
         for record in (adopted, generation):
             if record is not None:
                 scene.records.write(record)
         try:
-            result = _exchange(course, scene, exchange, generation, request.busy, deadline, places)
+            result = _exchange(course, scene, exchange, generation, busy=request.busy, deadline=deadline, places=places)
         except PartialError:
             raise
         except BaseException as error:
@@ -145,7 +145,7 @@ def rollback(path: bytes, request: Request) -> TransactionResult:
             if new is None:
                 raise RefusedError(
                     "adopted-overlay-gone",
-                    f"generation {generation.number} was an overlay that tuckctl did not make, and it is mounted no more",
+                    f"generation {generation.number} was an overlay that tuckctl did not make: it is mounted no more",
                     f"tuckctl history {show(scene.target.path)} shows what else there is",
                 )
             stack.enter_context(new)
@@ -156,10 +156,10 @@ def rollback(path: bytes, request: Request) -> TransactionResult:
                     refuse_inside("image", image.path, scene, bottom)
             images = [stack.enter_context(_reopen(image, store, request)) for image in generation.images]
             course.enter("assemble")
-            new = _mount_content(stack, images, generation.base, bottom, generation.number, flags, scene, places)
+            new = _mount_content(stack, scene, generation, images, bottom=bottom, flags=flags, places=places)
         carriage = stack.enter_context(gather(scene.target))
         exchange = _prepare(scene, new, carriage)
-        return _exchange(course, scene, exchange, generation, request.busy, deadline, places)
+        return _exchange(course, scene, exchange, generation, busy=request.busy, deadline=deadline, places=places)
 
 
 def detach(path: bytes, request: Request) -> TransactionResult:
@@ -231,6 +231,7 @@ def _open_images(
     course: Course,
     scene: Scene,
     request: Request,
+    *,
     places: Places,
     deadline: float,
     bottom: Fd,
@@ -269,16 +270,16 @@ def _reopen(image: ImageRecord, store: Store, request: Request) -> Image:
 
 def _mount_content(
     stack: contextlib.ExitStack,
-    images: Sequence[Image],
-    base: bytes,
-    bottom: Fd,
-    number: int,
-    flags: MountAttr,
     scene: Scene,
+    generation: Generation,
+    images: Sequence[Image],
+    *,
+    bottom: Fd,
+    flags: MountAttr,
     places: Places,
 ) -> Fd:
     """Mount the images over base, detached; a single image without base is itself the content."""
-    target = scene.target.path
+    target, base, number = scene.target.path, generation.base, generation.number
     if base == b"none" and len(images) == 1:
         name = source_file_name(target, number, places.scratch)
         mount = mount_image(images[0], attributes=flags, source=name, scratch=places.scratch)
@@ -374,7 +375,7 @@ def _adopt(scene: Scene, course: Course) -> tuple[Generation | None, Scene]:
 def _prepare(scene: Scene, new: Fd, carriage: Carriage) -> Exchange:
     """Attach the submounts, unseen; refuse what has no place. Nothing is on record yet."""
     exchange = Exchange(scene.target, scene.live.old, new, carriage)
-    carriage.attach(new, parent_shared=exchange.parent_shared)
+    carriage.attach(new, parent_shared=exchange.parent_shared, on_top=exchange.old is None)
     reserve(_DESCRIPTORS)
     return exchange
 
@@ -384,6 +385,7 @@ def _exchange(
     scene: Scene,
     exchange: Exchange,
     generation: Generation,
+    *,
     busy: str,
     deadline: float,
     places: Places,

@@ -115,3 +115,16 @@ class Ground:
 def on_ground(disk: bytes, work: Callable[[Ground], _T]) -> _T:
     """Run work with a ground, in a mount namespace of its own."""
     return in_own_namespace(lambda: work(Ground(disk)))
+
+
+def attempt(work: Callable[[], object]) -> TuckError | None:
+    """Do what may fail: return the error, or None."""
+    try:
+        work()
+    except tuckctl.TuckError as error:
+        return error
+    return None
+
+
+def copy_folder(source: bytes, target: bytes) -> None:
+    shutil.copytree(os.fsdecode(source), os.fsdecode(target))

@@ -74,6 +74,7 @@ STATUS = FRAME | {
             "images": [IMAGE],
             "receivers": [RECEIVER],
             "unseen": (int,),
+            "base": TEXT,
         }
     ]
 }
@@ -144,9 +145,7 @@ def test_every_document_has_the_contracts_fields_and_no_others(disk: bytes) -> N
         assert first["schema"] == "tuckctl.swap/1"
         assert first["timings_us"]["total"] >= max(first["timings_us"].values())
         assert {"assemble", "tuck", "verify", "record", "total"} <= set(first["timings_us"])
-        assert re.fullmatch(
-            r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}", first["transaction"]
-        )
+        assert re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-\w{12}", first["transaction"])
         holder = Holder(ground.target + b"/which")
         result = ground.swap("c")
         holders = document_of(tuckctl.holders(ground.target), HOLDERS)
@@ -208,14 +207,11 @@ def partial(ground: Ground) -> Any:
 def locked(ground: Ground) -> Any:
     ground.swap("a")
     with another_holds(ground, ground.target):
-        try:
-            ground.swap("b", timeout=0.0)
-        except tuckctl.TuckError as error:
-            caught = error
-    raise caught
+        error = failure(lambda: ground.swap("b", timeout=0.0))
+    raise error
 
 
-FAILURES = {
+FAILURES: dict[Callable[[Ground], Any], tuple[type[tuckctl.TuckError], int, str, str]] = {
     full: (tuckctl.ImageError, 5, "refused", "image-missing"),
     usage: (tuckctl.UsageError, 2, "refused", "unknown-value"),
     refused: (tuckctl.RefusedError, 3, "refused", "target-not-a-directory"),
@@ -251,9 +247,13 @@ def test_every_failure_has_its_class_exit_code_and_document(disk: bytes, fail: C
 def test_paths_are_taken_as_text_bytes_and_path_objects(disk: bytes) -> None:
     def work(ground: Ground) -> None:
         target, image = os.fsdecode(ground.target), os.fsdecode(ground.image("a"))
-        for number, (one, other) in enumerate(
-            [(target, image), (Path(target), Path(image)), (ground.target, image), (target + "/", os.fsencode(image))]
-        ):
+        ways: list[tuple[Any, Any]] = [
+            (target, image),
+            (Path(target), Path(image)),
+            (ground.target, image),
+            (target + "/", os.fsencode(image)),
+        ]
+        for number, (one, other) in enumerate(ways):
             options = "noexec" if number % 2 else "exec"
             assert tuckctl.swap(one, [other], options=options).outcome == "swapped"
         assert tuckctl.swap({target: [image]}, options="noexec").outcome == "unchanged"

@@ -10,6 +10,7 @@ import resource
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import tuckctl
-from tests.kernel.ground import Ground, on_ground
+from tests.kernel.ground import Ground, attempt, on_ground
 from tests.kernel.lab import mount_lines, needs_root
-from tests.kernel.scenes import Holder, failure, read, stack_at
+from tests.kernel.scenes import Holder, failure, read, settle, stack_at
 from tuckctl.places import Places
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def test_a_target_that_another_holds_is_refused_at_the_deadline_and_others_go_on
                     lambda t=timeout: tuckctl.detach(ground.target, timeout=t),
                 ):
                     with ground.untouched():
-                        error = failure(command)  # type: ignore[arg-type]
+                        error = failure(command)
                     assert isinstance(error, tuckctl.LockedError)
                     assert (error.code, error.exit_code, error.outcome) == ("target-locked", 75, "refused")
                     assert ground.target.decode() in error.message
@@ -230,6 +231,19 @@ def self_portrait() -> dict[str, Any]:
     }
 
 
+def back_and_forth(ground: Ground, target: bytes) -> None:
+    """Use every command on one target."""
+    for _ in range(3):
+        for name in "ab":
+            assert ground.swap(name, target=target).outcome == "swapped"
+            assert read(target + b"/which") == name.encode()
+    assert tuckctl.rollback(target).targets[0].generation == 5
+    with open(target + b"/which", "rb"):
+        assert failure(lambda: ground.swap("b", target=target, busy="fail")).code == "busy"
+    assert tuckctl.status(target).targets[0].state == "live"
+    assert tuckctl.detach(target).outcome == "swapped"
+
+
 def test_eight_threads_swap_their_own_targets_at_once_and_the_process_stays_as_it_was(disk: bytes) -> None:
     def work(ground: Ground) -> None:
         targets = [ground.disk + b"/t%d" % number for number in range(8)]
@@ -241,30 +255,9 @@ def test_eight_threads_swap_their_own_targets_at_once_and_the_process_stays_as_i
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         ground.swap("a")
         before = self_portrait()
-        failures: list[BaseException] = []
-
-        def act(target: bytes) -> None:
-            try:
-                for _ in range(3):
-                    for name in "ab":
-                        assert ground.swap(name, target=target).outcome == "swapped"
-                        assert read(target + b"/which") == name.encode()
-                assert tuckctl.rollback(target).targets[0].generation == 5
-                # As a thread's tuck is undone on a thread of its own.
-                with open(target + b"/which", "rb"):
-                    assert failure(lambda: ground.swap("b", target=target, busy="fail")).code == "busy"
-                assert tuckctl.status(target).targets[0].state == "live"
-                assert tuckctl.detach(target).outcome == "swapped"
-            except BaseException as error:  # noqa: BLE001 - raised again below
-                failures.append(error)
-
-        threads = [threading.Thread(target=act, args=(target,)) for target in targets]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda target: back_and_forth(ground, target), targets))
+        settle(lambda: self_portrait()["threads"] == before["threads"])
         assert self_portrait() == before
         assert len(mount_lines(ground.target)) == 1
 
@@ -309,10 +302,10 @@ def test_closed_standard_streams_do_not_become_files_of_the_tool(disk: bytes, cl
         for number in closed:
             with pytest.raises(OSError, match="Bad file descriptor"):
                 os.fstat(number)
-        for path, _, names in os.walk(ground.state + b"/targets"):
-            for name in names:
-                assert read(path + b"/" + name).startswith(b"{")
-                assert read(path + b"/" + name).endswith(b"}")
+        for path, _, files in os.walk(ground.state + b"/targets"):
+            for file in files:
+                assert read(path + b"/" + file).startswith(b"{")
+                assert read(path + b"/" + file).endswith(b"}")
 
     on_ground(disk, work)
 
@@ -325,26 +318,22 @@ def test_too_few_descriptors_are_a_clear_error_and_leave_everything_as_it_was(di
         images = [ground.image("b"), ground.folder("c")]
         before = self_portrait()
         _, hard = before["limits"]
-        found = []
+        found: list[str] = []
         for limit in range(3, 200):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             shown = ground.top_id()
-            try:
-                result = tuckctl.swap(ground.target, images, busy=busy)  # type: ignore[arg-type]
-            except tuckctl.TuckError as error:
-                resource.setrlimit(resource.RLIMIT_NOFILE, before["limits"])
-                found.append(error.outcome)
-                assert error.exit_code in (1, 3, 5), error
-                assert "many open files" in error.message, error.message
-                assert ground.top_id() == shown
-                assert ground.which() == b"a"
-                assert len(mount_lines(ground.target)) == 1
-                assert self_portrait() == before
-            else:
-                resource.setrlimit(resource.RLIMIT_NOFILE, before["limits"])
-                assert result.outcome == "swapped"
+            error = attempt(lambda: tuckctl.swap(ground.target, images, busy=busy))  # type: ignore[arg-type]
+            resource.setrlimit(resource.RLIMIT_NOFILE, before["limits"])
+            if error is None:
                 assert ground.which() == b"b"
                 return found
+            found.append(error.outcome)
+            assert error.exit_code in (1, 3, 5), error
+            assert "many open files" in error.message, error.message
+            assert ground.top_id() == shown
+            assert ground.which() == b"a"
+            assert len(mount_lines(ground.target)) == 1
+            assert self_portrait() == before
         raise AssertionError("it never worked")
 
     assert on_ground(disk, work)

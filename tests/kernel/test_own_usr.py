@@ -175,6 +175,10 @@ def in_root(*arguments: str, program: str | None = None) -> tuple[int, str, str]
     return done.returncode, done.stdout, done.stderr
 
 
+def documents_in(output: str) -> Any:
+    return json.loads(next(line for line in output.splitlines() if line.startswith("[{")))
+
+
 def replaced(ground: Ground, enter: Callable[[Path], None], work: Callable[[], Any]) -> Any:
     """Enter a root of its own, work there, and take off what is mounted on its /usr."""
     root = plant_root(ground)
@@ -199,7 +203,7 @@ def test_a_process_replaces_the_usr_it_runs_from_and_goes_on(disk: bytes, enter:
     status, output, errors, shown = on_ground(disk, lambda ground: replaced(ground, enter, work))
     assert status == 0, errors
     assert "Traceback" not in errors
-    documents = [json.loads(line) for line in output.splitlines() if line.startswith("[{")][0]
+    documents = documents_in(output)
     assert [document["outcome"] for document in documents] == ["swapped"] * 5 + ["refused"]
     assert [document["targets"][0]["generation"] for document in documents] == [1, 2, 1, 2, 3, 3]
     assert documents[-1]["error"]["code"] == "image-zeroed"
@@ -215,7 +219,7 @@ def test_the_holders_of_the_replaced_usr_are_named_the_tool_itself_among_them(di
 
     status, output, errors = on_ground(disk, lambda ground: replaced(ground, by_pivot_root, work))
     assert status == 0, errors
-    first, second = [json.loads(line) for line in output.splitlines() if line.startswith("[{")][0]
+    first, second = documents_in(output)
     assert first["outcome"] == "swapped"
     assert second["outcome"] in ("swapped", "undone")
 
@@ -248,9 +252,8 @@ def test_the_command_replaces_the_usr_it_runs_from_and_rolls_back_to_one_without
             while any(line.split(b" ")[4] == b"/usr" for line in mount_lines()):
                 umount2(b"/usr", Umount.DETACH)
 
-    for (status, output, errors, seen), expected in zip(
-        on_ground(disk, act), ("without", "with", "without"), strict=True
-    ):
+    steps = on_ground(disk, act)
+    for (status, output, errors, seen), expected in zip(steps, ("without", "with", "without"), strict=True):
         assert status == 0, errors + output
         assert "Traceback" not in errors
         assert json.loads(output)["outcome"] == "swapped"

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import tuckctl
-from tests.kernel.ground import Ground, on_ground
+from tests.kernel.ground import Ground, attempt, on_ground
 from tests.kernel.lab import mount_tmpfs, needs_root
 from tests.kernel.scenes import Holder, failure, mount_on, read, take_off
+from tuckctl import transaction
 from tuckctl.generations import Records
 from tuckctl.kernel.flags import AT_FDCWD
 from tuckctl.kernel.fscontext import new_mount
@@ -396,8 +397,8 @@ def test_files_in_the_state_directory_that_are_not_the_tools_are_left_alone(disk
         for name in (b"/images/README", b"/images/0123", b"/targets/stray", b"/stray"):
             Path(os.fsdecode(ground.state + name)).write_bytes(b"")
         os.mkdir(ground.state + b"/targets/empty")
-        for name in "bcd":
-            ground.swap(name, keep=0)
+        for image in "bcd":
+            ground.swap(image, keep=0)
         for name in (b"/images/README", b"/images/0123", b"/targets/stray", b"/stray"):
             assert os.path.exists(ground.state + name)
         assert [target.target for target in tuckctl.status().targets] == [ground.target]
@@ -435,15 +436,12 @@ def test_a_damaged_record_is_refused_by_every_command_that_needs_it(disk: bytes,
             lambda: tuckctl.status(ground.target),
         ):
             with ground.untouched():
-                try:
-                    command()
-                except tuckctl.RefusedError as error:
-                    assert (error.code, error.exit_code) == ("record-damaged", 3)
-                    assert name in error.message
-                    assert error.hint
-                    assert error.result.error.code == "record-damaged"
-                else:
-                    raise AssertionError("it went through")
+                error = attempt(command)
+            assert isinstance(error, tuckctl.RefusedError)
+            assert (error.code, error.exit_code) == ("record-damaged", 3)
+            assert name in error.message
+            assert error.hint
+            assert error.result.error.code == "record-damaged"
         shown = tuckctl.status()
         assert "record-damaged" in [warning.code for warning in shown.warnings]
         assert ground.which() == b"a"
@@ -486,8 +484,7 @@ def test_an_interrupted_write_leaves_the_old_record_and_no_files_that_pile_up(di
             killed = os.fork()
             if killed == 0:
                 # Killed where the drafts are written and nothing is tucked yet.
-                tuckctl.exchange.run = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[attr-defined]
-                tuckctl.transaction.run = tuckctl.exchange.run  # type: ignore[attr-defined]
+                vars(transaction)["run"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
                 ground.swap("b")
                 os._exit(0)
             _, status = os.waitpid(killed, 0)

@@ -9,14 +9,14 @@ import os
 import resource
 import shutil
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import tuckctl
-from tests.kernel.ground import Ground, on_ground
+from tests.kernel.ground import Ground, attempt, copy_folder, on_ground
 from tests.kernel.lab import mount_tmpfs, needs_root, run
-from tests.kernel.scenes import bind, failure, mount_on, take_off
+from tests.kernel.scenes import bind, failure, mount_on, read, take_off
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Umount
 from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import move_mount, umount2
@@ -367,7 +367,7 @@ def test_an_image_that_contains_the_target_is_refused_where_both_are_binds(disk:
 
 def test_a_neighbour_whose_name_begins_like_the_target_is_no_part_of_it(disk: bytes) -> None:
     def work(ground: Ground) -> None:
-        shutil.copytree(ground.folder("a"), ground.target + b"2")
+        copy_folder(ground.folder("a"), ground.target + b"2")
         ground.image("b", ground.target + b".img")
         assert tuckctl.swap(ground.target, [ground.target + b".img", ground.target + b"2"]).outcome == "swapped"
         assert tuckctl.swap(ground.target, [ground.target + b"2", ground.target + b".img"]).outcome == "swapped"
@@ -585,10 +585,9 @@ def test_a_state_directory_that_fills_midway_fails_with_the_old_content_live(dis
         for inodes in range(2, 16):
             full_tmpfs(ground.state, b"1M", b"%d" % inodes)
             before, shown = ground.top_id(), ground.which()
-            try:
-                outcomes.append(ground.swap(f"i{inodes}").outcome)
-            except tuckctl.TuckError as error:
-                outcomes.append(error.outcome)
+            error = attempt(lambda inodes=inodes: ground.swap(f"i{inodes}"))  # type: ignore[misc]
+            outcomes.append("swapped" if error is None else error.outcome)
+            if error is not None:
                 assert (error.code, error.exit_code) == ("state-full", 1)
                 assert (ground.top_id(), ground.which()) == (before, shown)
                 left = [name for _, _, names in os.walk(ground.state) for name in names if name.endswith(b".new")]
@@ -626,12 +625,17 @@ def test_options_that_do_not_exist_are_refused_as_usage(disk: bytes) -> None:
         ):
             assert ground.refusal(**options)[:2] == (code, 2), options
         assert ground.refusal([])[:2] == ("no-image", 2)
-        for target, images in (({}, None), ({"/a": ["x"], "/b": ["y"]}, None), ({"/a": ["x"]}, ["y"])):
+        requests: list[tuple[Any, Any, str]] = [
+            ({}, None, "several-targets"),
+            ({"/a": ["x"], "/b": ["y"]}, None, "several-targets"),
+            ({"/a": ["x"]}, ["y"], "several-targets"),
+            (ground.target, None, "no-image"),
+            (ground.target, "x.img", "no-image"),
+            (ground.target, b"x.img", "no-image"),
+        ]
+        for target, images, code in requests:
             error = failure(lambda t=target, i=images: tuckctl.swap(t, i))  # type: ignore[misc]
-            assert (error.code, error.exit_code) == ("several-targets", 2)
-        for images in (None, "x.img", b"x.img"):
-            error = failure(lambda i=images: tuckctl.swap(ground.target, i))  # type: ignore[misc]
-            assert (error.code, error.exit_code) == ("no-image", 2)
+            assert (error.code, error.exit_code) == (code, 2)
 
     on_ground(disk, work)
 
@@ -646,7 +650,7 @@ def test_a_base_that_is_no_directory_is_refused(disk: bytes) -> None:
 
 def test_a_wrong_digest_is_refused_and_nothing_is_kept(disk: bytes) -> None:
     def work(ground: Ground) -> None:
-        right = hashlib.sha256(open(ground.image("x"), "rb").read()).hexdigest()
+        right = hashlib.sha256(read(ground.image("x"))).hexdigest()
         assert ground.refusal(sha256=["0" * 64])[:2] == ("digest-mismatch", 5)
         assert ground.refusal([ground.image("x")] * 2, sha256=[right, "0" * 64])[:2] == ("digest-mismatch", 5)
         assert ground.refusal([ground.folder("x")], sha256=[right])[:2] == ("digest-of-directory", 5)
@@ -683,7 +687,8 @@ def test_rollback_and_detach_and_the_questions_refuse_the_same_targets(disk: byt
                 (b"", "target-missing"),
             ):
                 with ground.untouched():
-                    error = failure_of(lambda c=command, t=target: c(t))  # type: ignore[misc]
+                    error = attempt(lambda c=command, t=target: c(t))  # type: ignore[misc]
+                assert error is not None
                 assert (error.code, error.exit_code) == (code, 3)
                 assert error.result.schema == f"tuckctl.{command.__name__}/1"
                 assert error.result.error.code == code
@@ -696,14 +701,6 @@ def expect(ground: Ground, code: str, images: list[bytes] | None = None, **optio
     found, status, error = ground.refusal(images, **options)  # type: ignore[arg-type]
     assert (found, status) == (code, 3), error
     assert error.hint or code == "target-unreachable"
-
-
-def failure_of(work: Callable[[], object]) -> tuckctl.TuckError:
-    try:
-        work()
-    except tuckctl.TuckError as error:
-        return error
-    raise AssertionError("it went through")
 
 
 def foreign_overlay(ground: Ground, source: bytes) -> None:

@@ -54,7 +54,8 @@ def undone(scene: Scene, *, bare: bool = False) -> Iterator[None]:
     with scene.unchanged():
         yield
     for reader in readers:
-        assert set(reader.result()) == {scene.which()}
+        # The first overlay is seen as soon as it is in its place, and so is its undo.
+        assert set(reader.result()) <= {scene.which()} | ({b"a"} if bare else set())
     for each in (fd, *others):
         assert os.read(each, 10) == scene.which()
         # Its mount is still attached: a lookup from it leads up and out of the target.

@@ -86,10 +86,6 @@ def standard_streams() -> Iterator[None]:
 
 def reserve(count: int) -> None:
     """See that so many more descriptors can be had. Raises OSError (EMFILE, ENFILE)."""
-    held = []
-    try:
+    with contextlib.ExitStack() as stack:
         for _ in range(count):
-            held.append(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
-    finally:
-        for number in held:
-            os.close(number)
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
