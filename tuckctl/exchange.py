@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 _FIRST_WAIT = 0.001
 _LONGEST_WAIT = 0.05
 _COURTESY = 2.0
+_SECOND_LOOKS = (0.003, 0.01, 0.03)
 
 
 @frozen
@@ -107,9 +108,25 @@ class Exchange:
             target.stack[-2] if old is not None and len(target.stack) > 1 else target.top if old is None else None
         )
         self.parent = self.base or target.around
+        self._refuse_bound_onto_itself()
         with self._alone_on_parent():
             self.parent = look(self.parent.id)
         self._covered: tuple[int, ...] = ()
+
+    def _refuse_bound_onto_itself(self) -> None:
+        """Refuse a base on which a mount would propagate to the very place that base is mounted on."""
+        base, around = self.base, self.target.around
+        if base is None or base.device != around.device or not around.peer_group:
+            return
+        place = os.path.join(around.root, self.target.path[len(around.point) :].lstrip(b"/"))
+        if base.root == place and around.peer_group in (base.peer_group, base.master):
+            where = show(self.target.path)
+            raise RefusedError(
+                "bound-onto-itself",
+                f"{where} is bound onto itself, under a mount that propagates to it: what is mounted there would"
+                " be mounted beneath it too",
+                f"mount --make-private {where}",
+            )
 
     @property
     def parent_shared(self) -> bool:
@@ -418,6 +435,20 @@ def _outlasting(target: Target) -> Iterator[None]:
         yield
 
 
+def _until_settled(verify: Callable[[], Revealed]) -> Revealed:
+    """Look again, for a moment, where someone seems left behind: it may be a namespace that is just going.
+
+    A program that makes a copy of the namespace for a single call leaves such ones; so does an undo of another target.
+    """
+    revealed = verify()
+    for pause in _SECOND_LOOKS:
+        if not revealed.stale:
+            break
+        time.sleep(pause)
+        revealed = verify()
+    return revealed
+
+
 def run(exchange: Exchange, busy: str, deadline: float, enter: Callable[[str], None]) -> Revealed:
     """Tuck, verify, reveal, verify. Whatever goes wrong before the reveal is undone with nothing exposed."""
     replaced: tuple[int, ...] = ()
@@ -435,7 +466,7 @@ def run(exchange: Exchange, busy: str, deadline: float, enter: Callable[[str], N
             if exchange.back_out():
                 raise
         enter("check")
-        revealed = exchange.verify_revealed()
+        revealed = _until_settled(exchange.verify_revealed)
         exchange.restore_propagation()
     return Revealed(revealed.mount_id, revealed.receivers, revealed.stale, revealed.unseen, replaced)
 
@@ -484,5 +515,9 @@ def take_off(target: Target, old: Mount, busy: str, deadline: float, enter: Call
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_WAIT)
         enter("check")
-        sight = observe([old.device])
-    return Revealed(target.top_id(), (), _copies_of(sight, old), sight.unseen, replaced)
+
+        def verify() -> Revealed:
+            sight = observe([old.device])
+            return Revealed(target.top_id(), (), _copies_of(sight, old), sight.unseen, replaced)
+
+        return _until_settled(verify)

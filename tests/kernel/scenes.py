@@ -133,6 +133,7 @@ class Holder:
     """A process that uses a mounted path in some way, in some namespace, until it is told to let go."""
 
     def __init__(self, path: bytes, kind: str = "fd", space: Space | None = None, after: float | None = None) -> None:
+        self.closed = False
         ready, telling = os.pipe2(os.O_CLOEXEC)
         self.pid = os.fork()
         if self.pid == 0:
@@ -155,7 +156,9 @@ class Holder:
             wait_until(lambda: os.readlink(f"/proc/{self.pid}/exe") != os.readlink("/proc/self/exe"))
 
     def close(self) -> None:
-        end(self.pid)
+        if not self.closed:
+            end(self.pid)
+        self.closed = True
 
 
 def _map(path: bytes, _: int) -> mmap.mmap:
@@ -355,6 +358,10 @@ class Scene:
         self.closing.callback(holder.close)
         return holder
 
+    def let_go(self, holder: Holder) -> None:
+        """End a process that uses something."""
+        holder.close()
+
     def reader(self, space: Space | None = None) -> Reader:
         return Reader(self.target + b"/which", space)
 
@@ -385,7 +392,7 @@ class Scene:
 
     def mounts_at(self, name: bytes, space: Space | None = None) -> list[Mount]:
         """Return the mounts at a path in the target, in one namespace."""
-        path = os.path.join(self.target, name)
+        path = os.path.join(self.target, name) if name else self.target
         identity = space.id if space else 0
         found = [look(mount, identity) for mount in listmount(namespace_id=identity)]
         return [mount for mount in found if mount.point == path]

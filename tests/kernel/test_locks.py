@@ -21,6 +21,7 @@ import tuckctl
 from tests.kernel.ground import Ground, attempt, on_ground
 from tests.kernel.lab import mount_lines, needs_root
 from tests.kernel.scenes import Holder, failure, read, settle, stack_at
+from tuckctl.kernel.threads import in_copy
 from tuckctl.places import Places
 
 if TYPE_CHECKING:
@@ -337,3 +338,24 @@ def test_too_few_descriptors_are_a_clear_error_and_leave_everything_as_it_was(di
         raise AssertionError("it never worked")
 
     assert on_ground(disk, work)
+
+
+def test_namespaces_that_come_and_go_meanwhile_are_not_taken_for_receivers_left_behind(disk: bytes) -> None:
+    def work(ground: Ground) -> None:
+        for name in "ab":
+            ground.image(name)
+
+        def copy_and_leave() -> None:
+            while True:
+                in_copy(lambda: time.sleep(0.002))
+
+        pid = in_process(copy_and_leave)
+        try:
+            for number in range(60):
+                assert ground.swap("ab"[number % 2]).outcome == "swapped"
+            assert tuckctl.detach(ground.target).outcome == "swapped"
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+    on_ground(disk, work)

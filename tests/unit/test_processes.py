@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which unit and container a process belongs to, from the text of /proc/PID/cgroup."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuckctl.processes import Owner, owner_in, remedy
+
+ID = "4f1c9a" + "0" * 57 + "e"
+KUBE = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1a2b.slice"
+
+
+@pytest.mark.parametrize(
+    ("cgroups", "unit", "container", "engine"),
+    [
+        ("0::/", None, None, None),
+        ("0::/system.slice/nginx.service", "nginx.service", None, None),
+        ("0::/system.slice/system-getty.slice/getty@tty1.service", "getty@tty1.service", None, None),
+        ("0::/user.slice/user-0.slice/session-3.scope", "session-3.scope", None, None),
+        (
+            "0::/user.slice/user-1000.slice/user@1000.service/app.slice/foot.service",
+            "foot.service",
+            None,
+            None,
+        ),
+        (f"0::/machine.slice/libpod-{ID}.scope", f"libpod-{ID}.scope", ID, "podman"),
+        (f"0::/machine.slice/libpod-{ID}.scope/container", f"libpod-{ID}.scope", ID, "podman"),
+        (
+            f"0::/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{ID}.scope/container",
+            f"libpod-{ID}.scope",
+            ID,
+            "podman",
+        ),
+        (f"0::/system.slice/docker-{ID}.scope", f"docker-{ID}.scope", ID, "docker"),
+        (f"12:pids:/docker/{ID}\n1:name=systemd:/docker/{ID}\n0::/", None, ID, "docker"),
+        (f"0::/docker/{ID}/system.slice/cron.service", "cron.service", ID, "docker"),
+        (f"0::{KUBE}/cri-containerd-{ID}.scope", f"cri-containerd-{ID}.scope", ID, "crictl"),
+        (f"0::{KUBE}/crio-{ID}.scope/container", f"crio-{ID}.scope", ID, "crictl"),
+        ("0::/lxc.payload.web/system.slice/ssh.service", "ssh.service", "web", "lxc"),
+        ("0::/lxc/web/init.scope", "init.scope", "web", "lxc"),
+        (
+            "0::/machine.slice/machine-deb\\x2d12.scope/payload/system.slice/ssh.service",
+            "ssh.service",
+            "deb-12",
+            "machinectl",
+        ),
+        (
+            "0::/machine.slice/systemd-nspawn@web.service/payload/init.scope",
+            "init.scope",
+            "web",
+            "machinectl",
+        ),
+        ("2:cpu:/system.slice/a.service\n1:name=systemd:/system.slice/b.service\n0::/", "b.service", None, None),
+    ],
+)
+def test_unit_and_container_are_read_as_each_engine_writes_them(
+    cgroups: str, unit: str | None, container: str | None, engine: str | None
+) -> None:
+    assert owner_in(cgroups + "\n") == Owner(unit, container, engine)
+
+
+@pytest.mark.parametrize(
+    ("owner", "wanted"),
+    [
+        (Owner(None, None, None), "kill 7"),
+        (Owner("session-3.scope", None, None), "kill 7"),
+        (Owner("nginx.service", None, None), "systemctl restart nginx.service"),
+        (Owner("a b;c.service", None, None), "systemctl restart 'a b;c.service'"),
+        (Owner(f"libpod-{ID}.scope", ID, "podman"), f"podman restart {ID}"),
+        (Owner(f"docker-{ID}.scope", ID, "docker"), f"docker restart {ID}"),
+        (Owner("ssh.service", "deb-12", "machinectl"), "machinectl reboot deb-12"),
+        (Owner("ssh.service", "web", "lxc"), "lxc-stop --reboot --name web"),
+        (Owner(f"crio-{ID}.scope", ID, "crictl"), f"crictl stop {ID}"),
+    ],
+)
+def test_the_remedy_is_a_command_that_can_be_pasted(owner: Owner, wanted: str) -> None:
+    assert remedy(7, owner) == wanted
+
+
+@given(st.text())
+def test_no_text_is_too_strange(text: str) -> None:
+    owner = owner_in(text)
+    assert remedy(1, owner)
+    assert (owner.container is None) == (owner.engine is None)
+
+
+NAMES = st.text(st.characters(exclude_characters="/\n\0", exclude_categories=["Cs"]), min_size=1, max_size=20)
+
+
+@given(st.lists(NAMES, max_size=5), NAMES)
+def test_the_innermost_unit_is_the_one(slices: list[str], name: str) -> None:
+    path = "/".join(["", *slices, f"{name}.service"])
+    assert owner_in(f"0::{path}\n").unit == f"{name}.service"
+
+
+@given(NAMES)
+def test_a_units_name_is_quoted_for_the_shell(name: str) -> None:
+    words = shlex.split(remedy(1, Owner(f"{name}.service", None, None)))
+    assert words == ["systemctl", "restart", f"{name}.service"]
