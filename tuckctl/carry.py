@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError, RefusedError
 from tuckctl.frozen import frozen
-from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import Propagation, Resolve
 from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount, move_mount_set_group, open_tree, openat2, show
 from tuckctl.target import look, submounts
@@ -30,6 +29,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.syscalls import Mount
     from tuckctl.target import Target
 
@@ -100,6 +100,11 @@ class Carriage:
                 + ("a directory" if there else "not a directory"),
                 f"unmount {where}, or change the image",
             )
+
+    @property
+    def alone(self) -> bool:
+        """Whether one of them must not come to other namespaces."""
+        return not all(item.shared or item.onto_alone for item in self.carried)
 
     def attach(self, new: Fd, *, parent_shared: bool, on_top: bool) -> None:
         """Attach to the detached new what may travel with it; refuse what has no place there.

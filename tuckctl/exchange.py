@@ -20,11 +20,11 @@ from tuckctl.kernel.syscalls import (
     Match,
     fspick,
     listmount,
-    match_of,
     mount_id,
     mount_setattr,
     move_mount,
     move_mount_set_group,
+    open_tree,
     openat2,
     show,
     umount2,
@@ -32,8 +32,7 @@ from tuckctl.kernel.syscalls import (
 from tuckctl.kernel.threads import in_copy
 from tuckctl.locks import courtesy
 from tuckctl.loosening import loosened
-from tuckctl.overlay import generation_of
-from tuckctl.receivers import Arrival, Sight, arrival, observe
+from tuckctl.receivers import Arrival, Sight, arrival, left_behind, observe
 from tuckctl.target import children, look
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ if TYPE_CHECKING:
 _FIRST_WAIT = 0.001
 _LONGEST_WAIT = 0.05
 _COURTESY = 2.0
+_NAMED = 3
+"""How many holders a sentence names."""
 _SECOND_LOOKS = (0.003, 0.01, 0.03)
 
 
@@ -97,8 +98,19 @@ def _explain(error: KernelError, target: Target) -> FailedError | RefusedError |
 class Exchange:
     """One target's exchange: its facts before, and new's identity."""
 
-    def __init__(self, target: Target, old: Mount | None, new: Fd, carriage: Carriage) -> None:
-        """Take what was found and assembled; nothing is done yet."""
+    def __init__(
+        self,
+        target: Target,
+        old: Mount | None,
+        new: Fd,
+        carriage: Carriage,
+        left: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """Take what was found and assembled; nothing is done yet.
+
+        `left` are superblocks of earlier content that some receiver was left on.
+        """
+        self.left = tuple(device for device in left if old is None or device != old.device)
         self.target = target
         self.old = old
         self.new = new
@@ -112,6 +124,8 @@ class Exchange:
         with self._alone_on_parent():
             self.parent = look(self.parent.id)
         self._covered: tuple[int, ...] = ()
+        self.others: Fd | None = None
+        """What other namespaces get in place of new, where new carries what is only for this one."""
 
     def _refuse_bound_onto_itself(self) -> None:
         """Refuse a base on which a mount would propagate to the very place that base is mounted on."""
@@ -150,10 +164,28 @@ class Exchange:
         """Put new beneath old; on a bare directory or filesystem on top, which shows it at once."""
         with self._alone_on_parent():
             try:
+                if self.others is not None:
+                    self._place_apart(self.others)
+                    return
                 move_mount(self.new, self.target.parent, self.target.name, beneath=self.old is not None)
             except KernelError as error:
                 raise _explain(error, self.target) from error
         self.carriage.attach_alone(self.new, parent_shared=self.parent_shared)
+
+    def _place_apart(self, others: Fd) -> None:
+        """Show new here and its like in the other namespaces: what is on top is seen at once, and whole.
+
+        The parent leaves its peer group for these few calls; its clone stands in for it there.
+        """
+        with self._parent_root() as root, open_tree(root, clone=True) as member:
+            place = self.target.path[len(self.parent.point.rstrip(b"/")) + 1 :]
+            mount_setattr(root, propagation=Propagation.PRIVATE)
+            try:
+                move_mount(self.new, self.target.parent, self.target.name)
+                move_mount(others, member, place)
+                move_mount_set_group(others, self.new)
+            finally:
+                move_mount_set_group(member, root)
 
     def verify_tucked(self) -> Arrival:
         """See by unique ids that old is seen and new lies right beneath it, here; and who else received it."""
@@ -237,7 +269,7 @@ class Exchange:
                     "receiver-has-own-mount",
                     f"{show(mount.point)} in namespace {match.namespace_inode} shows another mount ({mount.fstype},"
                     f" source {show(mount.source)}) in the place of the content to be replaced, and would lose it",
-                    f"make {show(mount.point)} there private by its parent, or unmount it there",
+                    "make the mount around it private in that namespace, or unmount it there",
                 )
 
     def verify_revealed(self) -> Revealed:
@@ -250,24 +282,15 @@ class Exchange:
                 f"tuckctl status {show(self.target.path)}",
             )
         new = look(self.new_id)
-        sight = observe([new.device] + ([self.old.device] if self.old else []))
+        sight = observe([new.device, *([self.old.device] if self.old else []), *self.left])
         receivers = tuple(match for match in sight.of(new.device) if match.mount_id >= self.new_id)
         # A directory, or a part of it, may follow itself: what is new has the same superblock then.
         mine = {match.mount_id for match in receivers}
         stale = tuple(
             match for match in (_copies_of(sight, self.old) if self.old else ()) if match.mount_id not in mine
         )
-        stale += self._left_behind_before(receivers, {match.mount_id for match in stale})
+        stale += left_behind(sight, set(self.left) - {new.device}, self.target.path)
         return Revealed(self.new_id, receivers, stale, sight.unseen, ())
-
-    def _left_behind_before(self, receivers: Sequence[Match], known: set[int]) -> tuple[Match, ...]:
-        """Return what still covers a receiver of new since an earlier swap."""
-        found = []
-        for match in receivers:
-            mount = cover(match) if match.mount_id != self.new_id else None
-            if mount is not None and mount.id not in known and generation_of(mount.source, self.target.path):
-                found.append(match_of(mount, match))
-        return tuple(found)
 
     def restore_propagation(self) -> None:
         """Give new the propagation that old had here: after the reveal, which follows new's own."""
@@ -387,8 +410,8 @@ class Exchange:
 
 def _busy_error(target: Target, holders: Sequence[Holder]) -> UndoneError:
     users = [holder for holder in holders if holder.kind != "watch"]
-    names = ", ".join(f"{holder.command} (pid {holder.pid})" for holder in users[:3])
-    more = f" and {len(users) - 3} more" if len(users) > 3 else ""
+    names = ", ".join(f"{holder.command} (pid {holder.pid})" for holder in users[:_NAMED])
+    more = f" and {len(users) - _NAMED} more" if len(users) > _NAMED else ""
     return UndoneError(
         "busy",
         f"{show(target.path)} is still used" + (f" by {names}{more}" if names else ""),
@@ -475,8 +498,19 @@ def _content(mount: Mount) -> tuple[bytes, tuple[int, int], bytes]:
     return mount.point, mount.device, mount.root
 
 
-def take_off(target: Target, old: Mount, busy: str, deadline: float, enter: Callable[[str], None]) -> Revealed:
-    """Take the overlay off a target and see that base is there. Submounts that base lacks are a reason to refuse."""
+def take_off(
+    target: Target,
+    old: Mount,
+    busy: str,
+    deadline: float,
+    enter: Callable[[str], None],
+    *,
+    left: Sequence[tuple[int, int]] = (),
+) -> Revealed:
+    """Take the overlay off a target and see that base is there. Submounts that base lacks are a reason to refuse.
+
+    `left` are superblocks of earlier content that some receiver was left on.
+    """
     below = children(old.id)
     ours = {mount.id for mount in below}
     underneath = {_content(mount) for mount in children(old.parent_id) if mount.id not in ours}
@@ -517,7 +551,8 @@ def take_off(target: Target, old: Mount, busy: str, deadline: float, enter: Call
         enter("check")
 
         def verify() -> Revealed:
-            sight = observe([old.device])
-            return Revealed(target.top_id(), (), _copies_of(sight, old), sight.unseen, replaced)
+            sight = observe([old.device, *left])
+            stale = (*_copies_of(sight, old), *left_behind(sight, set(left) - {old.device}, target.path))
+            return Revealed(target.top_id(), (), stale, sight.unseen, replaced)
 
         return _until_settled(verify)

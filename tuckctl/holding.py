@@ -8,8 +8,8 @@ import json
 import os
 from typing import TYPE_CHECKING
 
-from tuckctl.frozen import frozen
 from tuckctl.durable import write_file
+from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import Hold
 from tuckctl.kernel.syscalls import find_holders
 from tuckctl.processes import command_of, owner_of, remedy
@@ -79,10 +79,14 @@ def find(
 
 @frozen
 class Replaced:
-    """Mounts that were taken off a target while something still used them, and their superblocks."""
+    """Mounts that were taken off a target while something still used them, and their superblocks.
+
+    `left` are superblocks of earlier content that some receiver was left on.
+    """
 
     mount_ids: tuple[int, ...] = ()
     devices: tuple[tuple[int, int], ...] = ()
+    left: tuple[tuple[int, int], ...] = ()
 
 
 def read_replaced(directory: bytes) -> Replaced:
@@ -93,6 +97,7 @@ def read_replaced(directory: bytes) -> Replaced:
         return Replaced(
             tuple(int(identity) for identity in found["mount_ids"]),
             tuple((int(major), int(minor)) for major, minor in found["devices"]),
+            tuple((int(major), int(minor)) for major, minor in found["left"]),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return Replaced()
@@ -100,5 +105,5 @@ def read_replaced(directory: bytes) -> Replaced:
 
 def write_replaced(directory: bytes, replaced: Replaced) -> None:
     """Remember what was replaced while in use, until the next boot."""
-    document = {"mount_ids": replaced.mount_ids, "devices": replaced.devices}
+    document = {"mount_ids": replaced.mount_ids, "devices": replaced.devices, "left": replaced.left}
     write_file(directory, _FILE, json.dumps(document).encode(), durable=False)

@@ -60,3 +60,6 @@ def unpin(run: bytes, target: bytes) -> None:
         os.rmdir(place)
     if not os.listdir(folder) and _is_mounted(folder):
         umount2(folder, Umount.DETACH)
+        # A directory that is removed takes what is mounted on it in other namespaces with it (rmdir(2)).
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)

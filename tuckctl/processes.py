@@ -16,8 +16,16 @@ _CONTAINERS = (
     ("docker", re.compile(r"docker-([0-9a-f]{64})|(?<=/docker/)([0-9a-f]{64})")),
     ("crictl", re.compile(r"(?:cri-containerd|crio)-(?:conmon-)?([0-9a-f]{64})")),
     ("lxc", re.compile(r"lxc\.payload\.([^/]+)|(?<=/lxc/)([^/]+)")),
-    ("machinectl", re.compile(r"machine-([^/]+)\.scope")),
+    ("machinectl", re.compile(r"machine-([^/]+)\.scope|systemd-nspawn@([^/]+)\.service")),
 )
+# A unit's name inside of a container may be that of another one of the host: the container is what is restarted.
+_RESTART = {
+    "podman": "podman restart",
+    "docker": "docker restart",
+    "crictl": "crictl stop",  # the kubelet starts it again
+    "lxc": "lxc-stop --reboot --name",
+    "machinectl": "machinectl reboot",
+}
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
 
 
@@ -33,7 +41,7 @@ class Owner:
 def owner_in(cgroups: str) -> Owner:
     """Read the owner from the text of /proc/PID/cgroup (cgroups(7)); the unit is the innermost service or scope."""
     path = ""
-    for line in cgroups.splitlines():
+    for line in cgroups.split("\n"):
         _, _, rest = line.partition(":")
         controllers, _, where = rest.partition(":")
         if controllers in ("name=systemd", "") and len(where) > len(path):
@@ -67,10 +75,8 @@ def command_of(pid: int) -> str:
 
 def remedy(pid: int, owner: Owner) -> str:
     """Return the command that makes a process let go of what it holds."""
-    if owner.container is not None and owner.engine in ("podman", "docker"):
-        return f"{owner.engine} restart {shlex.quote(owner.container)}"
-    if owner.container is not None and owner.engine == "machinectl":
-        return f"machinectl reboot {shlex.quote(owner.container)}"
+    if owner.engine is not None and owner.container is not None:
+        return f"{_RESTART[owner.engine]} {shlex.quote(owner.container)}"
     if owner.unit is not None and owner.unit.endswith(".service"):
         return f"systemctl restart {shlex.quote(owner.unit)}"
     return f"kill {pid}"

@@ -98,6 +98,18 @@ def arrival(sight: Sight, old: tuple[Match, ...], new_device: tuple[int, int]) -
     )
 
 
+def left_behind(sight: Sight, devices: Iterable[tuple[int, int]], target: bytes) -> tuple[Match, ...]:
+    """Return the mounts of earlier content among these superblocks; a number may have become another's meanwhile."""
+    wanted = set(devices)
+    found = []
+    for match in sight.matches:
+        if match.device in wanted:
+            with contextlib.suppress(KernelError):
+                if generation_of(look(match.mount_id, match.namespace_id).source, target) is not None:
+                    found.append(match)
+    return tuple(found)
+
+
 def reason_of(match: Match, target: bytes) -> str:
     """Say why propagation does not carry the tuck to this copy."""
     try:

@@ -14,12 +14,12 @@ from tuckctl.generations import Records, all_records, boot_id
 from tuckctl.kernel.fd import standard_streams
 from tuckctl.places import Places
 from tuckctl.plan import classify, live_mounts
-from tuckctl.receivers import describe, observe
+from tuckctl.receivers import describe, left_behind, observe
 from tuckctl.results import GenerationInfo, History, Holders, Problem, Receiver, Status, TargetStatus, infos
 from tuckctl.target import Target, open_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 
 def _problem(error: TuckError) -> Problem:
@@ -93,7 +93,8 @@ def _status(target: Target, places: Places, warnings: list[Problem]) -> TargetSt
     except RefusedError as error:
         warnings.append(_problem(error))
     recorded = records.get(generation) if generation is not None else None
-    receivers, unseen = _receivers(target, ours, generation)
+    left = holding.read_replaced(places.of(target.path)).left
+    receivers, unseen = _receivers(target, ours, generation, left)
     if state == "live" and any(receiver.state == "stale" for receiver in receivers):
         state = "stale"
     return TargetStatus(
@@ -109,22 +110,30 @@ def _status(target: Target, places: Places, warnings: list[Problem]) -> TargetSt
     )
 
 
-def _receivers(target: Target, ours: dict[int, int | None], generation: int | None) -> tuple[tuple[Receiver, ...], int]:
-    """Find who sees the live overlay; of older generations those whose superblock is known here."""
+def _receivers(
+    target: Target, ours: dict[int, int | None], generation: int | None, left: Sequence[tuple[int, int]]
+) -> tuple[tuple[Receiver, ...], int]:
+    """Find who sees the live overlay, and who was left on an earlier one."""
     mounts = [mount for mount in target.stack if mount.id in ours]
-    if not mounts:
+    if not mounts and not left:
         return (), 0
+    live = [mount.device for mount in mounts]
     try:
-        sight = observe([mount.device for mount in mounts])
+        sight = observe([*live, *left])
     except KernelError:
         return (), 1
+    stale = describe(
+        left_behind(sight, set(left) - set(live), target.path), state="stale", generation=None, target=target.path
+    )
+    if not mounts:
+        return stale, sight.unseen
     top = mounts[-1]
     updated = describe(
         [m for m in sight.of(top.device) if top.root == b"/" or m.mount_id >= top.id],
         state="updated",
         generation=generation,
     )
-    return updated, sight.unseen
+    return updated + stale, sight.unseen
 
 
 def history(path: bytes) -> History:

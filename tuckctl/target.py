@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError, RefusedError
-from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Resolve, StatMount, Umount
 from tuckctl.kernel.syscalls import (
     Mount,
@@ -31,6 +30,8 @@ from tuckctl.kernel.threads import in_private_copy
 if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
+
+    from tuckctl.kernel.fd import Fd
 
 _ALL = (
     StatMount.SB_BASIC

@@ -26,7 +26,7 @@ from tuckctl.overlay import Overlay, assemble, source_file_name, source_name
 from tuckctl.places import Places
 from tuckctl.plan import BUSY, attributes, option_names, parse_options, refuse_layers
 from tuckctl.prune import drop_generations, drop_images
-from tuckctl.receivers import describe, observe, remedies
+from tuckctl.receivers import Sight, describe, left_behind, observe, remedies
 from tuckctl.results import Holder, TargetResult, TransactionResult, infos
 from tuckctl.scene import Scene, absolute, open_scene, opened_base, refuse_inside
 
@@ -93,7 +93,7 @@ def swap(path: bytes, request: Request) -> TransactionResult:
         bottom = stack.enter_context(opened_base(scene))
         images = _open_images(stack, course, scene, request, places=places, deadline=deadline, bottom=bottom)
         if _unchanged(scene, images, flags, base):
-            return _report_unchanged(course, scene)
+            return _report_unchanged(course, scene, places)
         adopted, scene = _adopt(scene, course)
         generation = Generation(
             adopted.number + 1 if adopted is not None else scene.records.next_number(),
@@ -108,7 +108,7 @@ def swap(path: bytes, request: Request) -> TransactionResult:
         course.enter("assemble")
         carriage = stack.enter_context(gather(scene.target))
         new = _mount_content(stack, scene, generation, images, bottom=bottom, flags=flags, places=places)
-        exchange = _prepare(scene, new, carriage)
+        exchange = _prepare(stack, scene, new, carriage, places)
         for record in (adopted, generation):
             if record is not None:
                 scene.records.write(record)
@@ -139,7 +139,7 @@ def rollback(path: bytes, request: Request) -> TransactionResult:
         course.enter("images")
         stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
         if generation.number == scene.live.generation:
-            return _report_unchanged(course, scene)
+            return _report_unchanged(course, scene, places)
         if generation.adopted:
             new = pins.pinned(places.run, scene.target.path)
             if new is None:
@@ -158,7 +158,7 @@ def rollback(path: bytes, request: Request) -> TransactionResult:
             course.enter("assemble")
             new = _mount_content(stack, scene, generation, images, bottom=bottom, flags=flags, places=places)
         carriage = stack.enter_context(gather(scene.target))
-        exchange = _prepare(scene, new, carriage)
+        exchange = _prepare(stack, scene, new, carriage, places)
         return _exchange(course, scene, exchange, generation, busy=request.busy, deadline=deadline, places=places)
 
 
@@ -180,11 +180,12 @@ def detach(path: bytes, request: Request) -> TransactionResult:
         reserve(_DESCRIPTORS)
         record = scene.records.draft_current(Current(None, before, scene.boot_id, scene.namespace, 0))
         stack.enter_context(record)
-        revealed = take_off(target, old, request.busy, deadline, course.enter)
+        left = holding.read_replaced(places.of(target.path)).left
+        revealed = take_off(target, old, request.busy, deadline, course.enter, left=left)
         course.enter("record")
         _publish(course, record)
         pins.unpin(places.run, target.path)
-        holders = _note_holders(scene, revealed, places)
+        holders = _remember(scene, revealed, places)
         stale = describe(revealed.stale, state="stale", generation=before, target=target.path)
         result = TargetResult(target.path, None, before, None, (), stale, revealed.unseen, holders)
         return _conclude(course, result, stale, revealed.unseen)
@@ -324,17 +325,25 @@ def _unchanged(scene: Scene, images: Sequence[Image], flags: MountAttr, base: by
     )
 
 
-def _report_unchanged(course: Course, scene: Scene) -> TransactionResult:
-    old, generation = scene.live.old, scene.live.generation
+def _report_unchanged(course: Course, scene: Scene, places: Places) -> TransactionResult:
+    """Say that it is live already, and who does not see it."""
+    target, old, generation = scene.target.path, scene.live.old, scene.live.generation
     recorded = scene.records.get(generation) if generation is not None else None
-    sight = observe([old.device]) if old is not None else None
-    receivers = describe(sight.matches if sight else (), state="updated", generation=generation)
-    previous = scene.current.previous if scene.current else None
-    images = infos(recorded.images if recorded else ())
-    identity = old.id if old else None
-    unseen = sight.unseen if sight else 0
-    result = TargetResult(scene.target.path, generation, previous, identity, images, receivers, unseen)
-    return course.result("unchanged", result)
+    left = set(holding.read_replaced(places.of(target)).left)
+    sight = observe([old.device, *left]) if old is not None else Sight((), 0)
+    matches = sight.of(old.device) if old is not None else []
+    stale = left_behind(sight, left - ({old.device} if old is not None else set()), target)
+    result = TargetResult(
+        target,
+        generation,
+        scene.current.previous if scene.current else None,
+        old.id if old is not None else None,
+        infos(recorded.images if recorded else ()),
+        describe(matches, state="updated", generation=generation)
+        + describe(stale, state="stale", generation=None, target=target),
+        sight.unseen,
+    )
+    return _conclude(course, result, stale, sight.unseen, outcome="unchanged")
 
 
 def _before(scene: Scene) -> int | None:
@@ -372,10 +381,15 @@ def _adopt(scene: Scene, course: Course) -> tuple[Generation | None, Scene]:
     return adopted, replace(scene, live=replace(live, generation=number))
 
 
-def _prepare(scene: Scene, new: Fd, carriage: Carriage) -> Exchange:
+def _prepare(stack: contextlib.ExitStack, scene: Scene, new: Fd, carriage: Carriage, places: Places) -> Exchange:
     """Attach the submounts, unseen; refuse what has no place. Nothing is on record yet."""
-    exchange = Exchange(scene.target, scene.live.old, new, carriage)
-    carriage.attach(new, parent_shared=exchange.parent_shared, on_top=exchange.old is None)
+    left = holding.read_replaced(places.of(scene.target.path)).left
+    exchange = Exchange(scene.target, scene.live.old, new, carriage, left)
+    on_top = exchange.old is None
+    if on_top and exchange.parent_shared and carriage.alone:
+        exchange.others = stack.enter_context(open_tree(new, clone=True))
+        stack.enter_context(gather(scene.target)).attach(exchange.others, parent_shared=True, on_top=True)
+    carriage.attach(new, parent_shared=exchange.parent_shared and exchange.others is None, on_top=on_top)
     reserve(_DESCRIPTORS)
     return exchange
 
@@ -417,7 +431,7 @@ def _exchange(
         infos(generation.images),
         receivers + stale,
         revealed.unseen,
-        _note_holders(scene, revealed, places),
+        _remember(scene, revealed, places),
     )
     return _conclude(course, result, stale, revealed.unseen)
 
@@ -433,10 +447,12 @@ def _publish(course: Course, *records: Draft) -> None:
         raise late from error
 
 
-def _conclude(course: Course, result: TargetResult, stale: Sequence[object], unseen: int) -> TransactionResult:
+def _conclude(
+    course: Course, result: TargetResult, stale: Sequence[object], unseen: int, outcome: str = "swapped"
+) -> TransactionResult:
     """Make the document; raise PartialError with it where someone was left behind."""
     if not stale and not unseen:
-        return course.result("swapped", result)
+        return course.result(outcome, result)
     where = show(result.target)
     if stale:
         left = [receiver for receiver in result.receivers if receiver.state == "stale"]
@@ -449,16 +465,19 @@ def _conclude(course: Course, result: TargetResult, stale: Sequence[object], uns
     raise error
 
 
-def _note_holders(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder, ...]:
-    """Find who still uses what was taken off, and remember those mounts for later questions."""
-    if not revealed.replaced:
-        return ()
+def _remember(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder, ...]:
+    """Find who still uses what was taken off; remember that, and what someone was left on, for later questions."""
     old, target = scene.live.old, scene.target.path
     known = holding.read_replaced(places.of(target))
-    ids = dict.fromkeys((*known.mount_ids, *revealed.replaced))
-    devices = dict.fromkeys((*known.devices, *([old.device] if old is not None and old.root == b"/" else [])))
-    found = holding.find(target, tuple(ids), tuple(devices))
-    kept = holding.Replaced(tuple(ids), tuple(devices)) if found else holding.Replaced()
-    if found or known.mount_ids:
+    left = tuple(sorted({match.device for match in revealed.stale}))
+    kept = replace(known, left=left)
+    found: tuple[Holder, ...] = ()
+    if revealed.replaced:
+        ids = tuple(dict.fromkeys((*known.mount_ids, *revealed.replaced)))
+        own = [old.device] if old is not None and old.root == b"/" else []
+        devices = tuple(dict.fromkeys((*known.devices, *own)))
+        found = holding.find(target, ids, devices)
+        kept = holding.Replaced(ids, devices, left) if found else holding.Replaced(left=left)
+    if kept != known:
         holding.write_replaced(places.of(target), kept)
     return found

@@ -22,6 +22,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import pytest
 import structlog
 
 import tuckctl
@@ -49,6 +50,7 @@ from tuckctl.target import look
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+    from typing import Self
 
     from tuckctl.kernel.syscalls import Mount
     from tuckctl.results import TransactionResult
@@ -191,7 +193,7 @@ def _change_root(path: bytes, _: int) -> bool:
 
 def _execute(path: bytes, telling: int) -> None:
     fcntl.fcntl(telling, fcntl.F_SETFD, fcntl.FD_CLOEXEC)
-    os.execv(path, [path, b"600"])
+    os.execv(path, [path, b"600"])  # noqa: S606
 
 
 _HOLDS: dict[str, Callable[[bytes, int], Any]] = {
@@ -264,6 +266,7 @@ class Scene:
         self.closing = contextlib.ExitStack()
         self.around = disk + b"/around"
         self.target = self.around + b"/t"
+        self.around_is_shared = parent == "shared"
         self.spaces: list[Space] = []
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
         os.environb[b"TUCKCTL_STATE_DIR"] = disk + b"/state"
@@ -278,7 +281,7 @@ class Scene:
         if parent == "shared":
             mount_setattr(AT_FDCWD, self.around, propagation=Propagation.SHARED, recursive=True)
 
-    def __enter__(self) -> Scene:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -338,6 +341,9 @@ class Scene:
         except TuckError as error:
             error.add_note(str(error.result))
             raise
+
+    def detach(self, busy: Any = "lazy", **options: Any) -> TransactionResult:
+        return tuckctl.detach(self.target, busy=busy, **options)
 
     def failure(self, *names: str, **options: Any) -> TuckError:
         """Swap to these images, and return the error in which that ends."""
@@ -427,14 +433,13 @@ def stack_at(path: bytes) -> list[Mount]:
 
 
 def failure(work: Callable[[], Any]) -> TuckError:
-    """Return the TuckError that work ends with."""
-    try:
-        result = work()
-    except TuckError as error:
-        assert error.result is None or error.result.outcome == error.outcome
-        assert error.result is None or error.result.error.code == error.code
-        return error
-    raise AssertionError(f"it went through: {result}")
+    """Return the TuckError that work ends with; its document says the same."""
+    with pytest.raises(TuckError) as caught:
+        work()
+    error = caught.value
+    if error.result is not None:
+        assert (error.result.outcome, error.result.error.code) == (error.outcome, error.code)
+    return error
 
 
 def wait_until(true: Callable[[], bool]) -> None:

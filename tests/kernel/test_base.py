@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 from itertools import product
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,21 +27,23 @@ def names_in(path: bytes) -> set[str]:
     return {os.fsdecode(name) for name in os.listdir(path)}
 
 
+def see_gone(device: tuple[int, int]) -> None:
+    settle(lambda: not superblock_lives(device))
+
+
 def layers(path: bytes) -> int:
     """Return how many lower layers the overlay on a path has."""
     options = mount_lines(path)[-1].split(b" ")[-1]
-    return len(re.findall(rb"lowerdir\+?=[^,]*", options)) + sum(
-        part.replace(rb"\:", b"").count(b":") for part in re.findall(rb"lowerdir=([^,]*)", options)
-    )
+    return len(re.findall(rb"(?:^|,)lowerdir\+=", options))
 
 
-def see_exactly(scene: Scene, images: Sequence[str], below: str) -> None:
+def see_exactly(scene: Scene, images: Sequence[str], below: str, *, more: frozenset[str] = frozenset()) -> None:
     """See that each namespace reads these images, the first topmost, over what lies below; and nothing else."""
     own = {"under": "base", "other": "other"}.get(below)
     sources = [*images, *([own] if own else [])]
     wanted = {"which", "both", "sub", "sub2", "file", *(f"only-{source}" for source in sources)}
     for path in (scene.target, *(space.path(scene.target) for space in scene.spaces)):
-        assert names_in(path) == wanted
+        assert names_in(path) == wanted | more
         assert names_in(path + b"/both") == set(sources)
         assert names_in(path + b"/sub") == set(sources)
     assert set(scene.everywhere()) == {images[0].encode()}
@@ -63,12 +66,13 @@ def test_each_swap_shows_exactly_its_images_over_base(
     def work(scene: Scene) -> None:
         other = write_tree(scene.disk + b"/other", image_files("other"))
         option = other if below == "other" else below
+        made = frozenset({"lost+found"} if base == "ext4" else ())
         around = 1 if base != "bare" else 0
         if parent == "shared":
             scene.space("peer"), scene.space("slave")
         for chosen in (images, ["d"], images[::-1], images):
             result = scene.swap(*chosen, base=option)
-            see_exactly(scene, chosen, below)
+            see_exactly(scene, chosen, below, more=made if below == "under" else frozenset())
             assert result.outcome == "swapped"
             assert len(scene.stack) == around + 1
             assert len(mount_lines(scene.target)) == around + 1
@@ -98,7 +102,7 @@ def test_after_fifty_swaps_no_earlier_overlay_is_alive(disk: bytes, parent: str,
             if number:
                 assert devices[-2] != devices[-1]
                 # Its number may be given to another filesystem, but not as early as this.
-                settle(lambda: not superblock_lives(devices[-2]))
+                see_gone(devices[-2])
         assert superblock_lives(devices[-1])
         see_exactly(scene, ["b"], "under")
         assert len(mount_lines(scene.target)) == (2 if base != "bare" else 1)
@@ -114,7 +118,7 @@ def test_going_back_and_forth_keeps_nothing_alive_either(disk: bytes) -> None:
         for number in range(10):
             device = scene.top.device
             tuckctl.rollback(scene.target)
-            settle(lambda device=device: not superblock_lives(device))
+            see_gone(device)
             see_exactly(scene, ["ab"[number % 2]], "under")
 
     in_scene(disk, work)
@@ -127,7 +131,7 @@ def test_neither_redirects_nor_metadata_copies_nor_the_index_are_in_force(disk: 
 
     options = in_scene(disk, work).split(b",")
     defaults = {
-        name: open(f"/sys/module/overlay/parameters/{name}", encoding="ascii").read().strip()  # noqa: SIM115
+        name: Path(f"/sys/module/overlay/parameters/{name}").read_text("ascii").strip()
         for name in ("redirect_dir", "metacopy", "index", "nfs_export")
     }
     # The kernel shows what differs from its default; "off" by default lets redirect_always_follow decide.
@@ -138,14 +142,15 @@ def test_neither_redirects_nor_metadata_copies_nor_the_index_are_in_force(disk: 
 
 
 def test_a_redirect_in_an_image_is_not_followed(disk: bytes) -> None:
-    def work(scene: Scene) -> bytes | None:
+    def work(scene: Scene) -> None:
         image = scene.image("a")
         os.mkdir(image + b"/elsewhere")
         os.setxattr(image + b"/elsewhere", "trusted.overlay.redirect", b"/both")
         scene.swap("a")
-        return b",".join(os.listdir(scene.target + b"/elsewhere"))
+        with pytest.raises(PermissionError):
+            os.listdir(scene.target + b"/elsewhere")
 
-    assert in_scene(disk, work) == b""
+    in_scene(disk, work)
 
 
 def test_findmnt_tells_what_the_mount_is(disk: bytes) -> None:

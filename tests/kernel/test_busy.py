@@ -223,10 +223,10 @@ def test_a_busy_detach_leaves_the_overlay(disk: bytes, busy: str) -> None:
         scene.space("peer")
         holder = scene.hold()
         with scene.unchanged():
-            error = failure(lambda: tuckctl.detach(scene.target, busy=busy, timeout=0.05))
+            error = failure(lambda: scene.detach(busy, timeout=0.05))
         assert (error.code, error.exit_code, error.outcome) == ("busy", 4, "undone")
         assert f"pid {holder.pid}" in error.message
-        result = tuckctl.detach(scene.target, busy="lazy")
+        result = scene.detach("lazy")
         assert [each.pid for each in result.targets[0].holders] == [holder.pid]
         assert [each.pid for each in tuckctl.holders(scene.target).holders] == [holder.pid]
         assert set(scene.everywhere()) == {b"base"}
@@ -242,10 +242,10 @@ def test_a_busy_detach_with_submounts_leaves_them_too(disk: bytes, busy: str) ->
         scene.swap("a")
         holder = scene.hold(b"sub", "cwd")
         with scene.unchanged():
-            error = failure(lambda: tuckctl.detach(scene.target, busy=busy, timeout=0.05))
+            error = failure(lambda: scene.detach(busy, timeout=0.05))
         assert (error.code, error.exit_code) == ("busy", 4)
         scene.let_go(holder)
-        assert tuckctl.detach(scene.target, busy=busy).outcome == "swapped"
+        assert scene.detach(busy).outcome == "swapped"
         assert set(scene.everywhere()) == {b"base"}
         assert all(len(scene.mounts_at(b"sub", space)) == 1 for space in (None, *scene.spaces))
 

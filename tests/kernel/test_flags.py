@@ -181,9 +181,10 @@ def test_the_new_mount_propagates_as_the_old_one_did(
                 scene.swap("a" if scene.which() == b"b" else "b")
             else:
                 tuckctl.rollback(scene.target)
-            assert kind_of(scene.top) == {"SHARED": "shared", "PRIVATE": "private", "UNBINDABLE": "unbindable"}[
-                old.name or ""
-            ]
+            assert (
+                kind_of(scene.top)
+                == {"SHARED": "shared", "PRIVATE": "private", "UNBINDABLE": "unbindable"}[old.name or ""]
+            )
             # What is below, and around, has not changed.
             assert [kind_of(m) for m in [look(mount_id(AT_FDCWD, scene.around)), *scene.stack[:-1]]] == around
 

@@ -11,7 +11,7 @@ import pytest
 
 import tuckctl
 from tests.kernel.lab import needs_root
-from tests.kernel.scenes import Scene, in_scene, mount_on, settle, wait_until
+from tests.kernel.scenes import Scene, in_scene, mount_on, read, settle, wait_until
 from tuckctl.kernel.flags import Propagation
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def test_a_command_with_any_name_is_told_in_print(disk: bytes) -> None:
         shutil.copy(os.fsencode(program), image + b"/a\n\xff b")
         scene.swap("a", options="exec")
         holder = scene.hold(b"a\n\xff b", "exe")
-        wait_until(lambda: b"a\n" in open(f"/proc/{holder.pid}/comm", "rb").read())  # noqa: SIM115
+        wait_until(lambda: b"a\n" in read(b"/proc/%d/comm" % holder.pid))
         found = scene.swap("b").targets[0].holders
         return next(each.command for each in found if each.kind == "exe")
 

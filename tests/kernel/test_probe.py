@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 
 from tests.kernel import lab
-
 from tuckctl.commands import swap
 from tuckctl.errors import TuckError, UnsupportedError
 from tuckctl.kernel.probe import NEEDED, Feature, probe, refuse_unsupported
+
 
 @lab.needs_root
 def test_a_feature_is_present_or_says_why_not() -> None:

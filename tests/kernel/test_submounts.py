@@ -10,7 +10,7 @@ import pytest
 
 import tuckctl
 from tests.kernel.lab import needs_root
-from tests.kernel.scenes import Scene, bind, failure, in_scene, mount_on, only_here, read, take_off, write_tree
+from tests.kernel.scenes import Reader, Scene, bind, failure, in_scene, mount_on, only_here, read, take_off, write_tree
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Propagation
 from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount
@@ -25,6 +25,20 @@ PRIVATE, SHARED, SLAVE = Propagation.PRIVATE, Propagation.SHARED, Propagation.SL
 STRICT = MountAttr.NOSUID | MountAttr.NOEXEC | MountAttr.NODEV | MountAttr.RDONLY
 # What takes the old content's place: a swap, a way back, and the first overlay on a bare directory.
 ACTS = ("swap", "rollback", "first")
+
+
+def test_a_private_submount_of_a_bare_directory_is_seen_throughout_its_first_overlay(disk: bytes) -> None:
+    def work(scene: Scene) -> tuple[set[bytes], set[bytes]]:
+        space = scene.space("peer")
+        mount_on(scene.target + b"/sub", PRIVATE)
+        write_tree(scene.target + b"/sub", {"f": b"private"})
+        own, others = Reader(scene.target + b"/sub/f"), Reader(scene.target + b"/which", space)
+        for _ in range(100):
+            scene.swap("a")
+            scene.detach()
+        return set(own.result()), set(others.result())
+
+    assert in_scene(disk, work) == ({b"private"}, {b"base", b"a"})
 
 
 def prepare(scene: Scene, act: str) -> None:
@@ -96,7 +110,9 @@ def test_a_submount_goes_along_with_its_flags_group_and_open_files(
 
 
 @pytest.mark.parametrize("act", ACTS)
-@pytest.mark.parametrize("flag", [MountAttr.RDONLY, MountAttr.NOSUID, MountAttr.NODEV, MountAttr.NOEXEC, MountAttr.NOATIME])
+@pytest.mark.parametrize(
+    "flag", [MountAttr.RDONLY, MountAttr.NOSUID, MountAttr.NODEV, MountAttr.NOEXEC, MountAttr.NOATIME]
+)
 def test_each_flag_of_a_submount_stays(disk: bytes, flag: MountAttr, act: str) -> None:
     def work(scene: Scene) -> tuple[MountAttr, MountAttr]:
         prepare(scene, act)
@@ -373,7 +389,6 @@ def test_an_automount_trigger_is_refused_by_its_name_and_not_fired(disk: bytes) 
     def work(scene: Scene) -> None:
         scene.swap("a")
         reading, writing = os.pipe()
-        os.set_inheritable(writing, True)
         options: list[tuple[str, bytes | None]] = [
             ("fd", b"%d" % writing),
             ("pgrp", b"%d" % os.getpgrp()),
@@ -446,6 +461,25 @@ def test_submounts_that_only_a_lost_copy_would_have_are_not_lost(disk: bytes, bu
         assert (error.code, error.exit_code) == ("receiver-has-submounts", 4)
         assert os.fsdecode(scene.target + b"/sub") in error.message
         assert error.hint
+
+    in_scene(disk, work)
+
+
+@pytest.mark.parametrize("busy", ["lazy", "fail"])
+def test_mounts_on_mounts_in_another_user_namespace_are_not_lost(disk: bytes, busy: str) -> None:
+    """There they are locked: the kernel lets no one change their peer group."""
+
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        mount_on(scene.target + b"/sub", SHARED)
+        write_tree(scene.target + b"/sub", {"deep/x": b""})
+        mount_on(scene.target + b"/sub/deep", SHARED)
+        scene.space("peer")
+        space = scene.space("user")
+        with scene.unchanged():
+            error = scene.failure("b", busy=busy)
+        assert (error.code, error.exit_code) == ("receiver-has-submounts", 4)
+        assert str(space.inode) in error.message
 
     in_scene(disk, work)
 
@@ -564,7 +598,7 @@ def test_a_detach_does_not_lose_the_submounts_of_others(disk: bytes, busy: str) 
 
         space.do(mount_own)
         space.do(lambda: write_tree(scene.target + b"/sub", {"own": b"own"}))
-        error = failure(lambda: tuckctl.detach(scene.target, busy=busy))
+        error = failure(lambda: scene.detach(busy))
         assert (error.code, error.exit_code) == ("receivers-left-behind", 6)
         assert scene.everywhere() == [b"base", b"a"]
         assert scene.which(space, b"sub/own") == b"own"

@@ -204,7 +204,9 @@ def with_submounts(scene: Scene) -> None:
     write_tree(outside, {"x/f": b"", "f": b"outside"})
     bind(outside, target + b"/sub2", shared)
     mount_on(outside + b"/x", shared)
-    if scene.top.peer_group:
+    if not scene.stack:
+        only_here(scene.around, lambda: bind(target + b"/which", target + b"/file"))
+    elif scene.top.peer_group:
         only_here(target, lambda: bind(target + b"/which", target + b"/file"))
     else:
         bind(target + b"/which", target + b"/file")
@@ -257,6 +259,17 @@ def test_an_undo_of_the_first_overlay_shows_base_again(disk: bytes) -> None:
         only_here(scene.around, lambda: mount_on(scene.target + b"/sub"))
         # The first moves new into its place, the second a private submount onto it.
         with undone(scene, bare=True), fault(scene, "move_mount", "error=EIO:when=2"):
+            error = scene.failure("a")
+        assert error.exit_code == 1
+
+    in_scene(disk, work)
+
+
+def test_an_undo_of_the_first_overlay_leaves_the_submounts_of_base(disk: bytes) -> None:
+    def work(scene: Scene) -> None:
+        scene.space("peer"), scene.space("slave")
+        with_submounts(scene)
+        with undone(scene, bare=True), fault(scene, "move_mount", "error=EIO:when=8"):
             error = scene.failure("a")
         assert error.exit_code == 1
 

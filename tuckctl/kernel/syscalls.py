@@ -8,6 +8,7 @@ listmount(2), umount2(2), setns(2), unshare(2), openat2(2), ioctl_ns(2), loop(4)
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from typing import TYPE_CHECKING, Protocol
@@ -69,10 +70,8 @@ def _subject(directory: Descriptor, path: bytes) -> str:
     if directory == AT_FDCWD or path.startswith(b"/"):
         return show(path)
     name = f"fd {_number(directory)}"
-    try:
+    with contextlib.suppress(OSError):
         name = show(os.readlink(b"/proc/self/fd/%d" % _number(directory)))
-    except OSError:
-        pass
     return f"{name}, {show(path)}" if path else name
 
 
@@ -428,21 +427,6 @@ class Match:
     peer_group: int
     master: int
     device: tuple[int, int]
-
-
-def match_of(mount: Mount, beside: Match) -> Match:
-    """Return a mount in the form of a walk's finding, from the namespace of another one."""
-    return Match(
-        beside.namespace_id,
-        beside.namespace_inode,
-        mount.id,
-        mount.parent_id,
-        mount.attributes,
-        mount.propagation,
-        mount.peer_group,
-        mount.master,
-        mount.device,
-    )
 
 
 def find_mounts(
