@@ -22,8 +22,7 @@ int tuck_loop_get_free(int control) {
 }
 
 int tuck_loop_configure(int loop, int backing, uint32_t block_size, uint32_t flags) {
-    struct loop_config_ config = {
-        .fd = (uint32_t)backing, .block_size = block_size, .info = {.lo_flags = flags}};
+    struct loop_config_ config = {.fd = (uint32_t)backing, .block_size = block_size, .info = {.lo_flags = flags}};
     return ioctl(loop, LOOP_CONFIGURE_, &config) < 0 ? -errno : 0;
 }
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import tuckctl
@@ -33,7 +34,7 @@ def test_a_private_copy_of_an_earlier_generation_is_told_by_every_later_command(
         with Scene(disk) as scene:
             scene.swap("a")
             space = Space("private", scene.around)
-            found: list[object] = [_outcome(lambda: scene.swap(name)) for name in ("b", "a", "b")]
+            found: list[object] = [_outcome(partial(scene.swap, name)) for name in ("b", "a", "b")]
             found.append(_outcome(lambda: tuckctl.rollback(scene.target)))
             found.append([target.state for target in tuckctl.status(scene.target).targets])
             found.append(_outcome(lambda: tuckctl.detach(scene.target)))
