@@ -55,6 +55,7 @@ struct tuck_namespace {
     uint64_t id;
     uint64_t inode;
     uint64_t mounts;
+    uint64_t owner; /* the inode of the user namespace that owns it, 0 where that may not be known */
 };
 
 /* A device number as statmount and statx split it. */

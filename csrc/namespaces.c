@@ -21,10 +21,17 @@ struct mnt_ns_info_ {
 #define NSFS_MNT_GET_PREV _IOR(0xb7, 12, struct mnt_ns_info_)
 
 static int describe(int fd, const struct mnt_ns_info_ *info, struct tuck_namespace *ret_namespace) {
-    struct stat status;
+    struct stat status, owner = {.st_ino = 0};
     if (fstat(fd, &status) < 0)
         return -errno;
-    *ret_namespace = (struct tuck_namespace){.id = info->mnt_ns_id, .inode = status.st_ino, .mounts = info->nr_mounts};
+    int user_namespace = ioctl(fd, NSFS_GET_USERNS);
+    if (user_namespace >= 0) {
+        if (fstat(user_namespace, &owner) < 0)
+            owner.st_ino = 0;
+        close(user_namespace);
+    }
+    *ret_namespace = (struct tuck_namespace){
+        .id = info->mnt_ns_id, .inode = status.st_ino, .mounts = info->nr_mounts, .owner = owner.st_ino};
     return 0;
 }
 

@@ -32,8 +32,9 @@ from tuckctl.kernel.syscalls import (
 from tuckctl.kernel.threads import in_copy
 from tuckctl.locks import courtesy
 from tuckctl.loosening import loosened
-from tuckctl.receivers import Arrival, Sight, arrival, left_behind, observe
-from tuckctl.target import children, look
+from tuckctl.plan import STRICTNESS, option_names
+from tuckctl.receivers import Arrival, Sight, arrival, copies_of, left_behind, observe
+from tuckctl.target import Content, children, look
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -66,23 +67,6 @@ class Revealed:
     replaced: tuple[int, ...]
 
 
-def _copies_of(sight: Sight, mount: Mount) -> tuple[Match, ...]:
-    """Return the mounts of a mount's content; a bind shares its superblock with mounts that are not meant."""
-    found = sight.of(mount.device)
-    if mount.root == b"/":
-        return tuple(found)
-    inside = mount.root + b"/"
-    copies = []
-    for match in found:
-        try:
-            root = look(match.mount_id, match.namespace_id).root
-        except KernelError:
-            continue
-        if (root + b"/").startswith(inside):
-            copies.append(match)
-    return tuple(copies)
-
-
 def _explain(error: KernelError, target: Target) -> FailedError | RefusedError | KernelError:
     if error.errno == errno.ENOSPC:
         return RefusedError(
@@ -104,13 +88,13 @@ class Exchange:
         old: Mount | None,
         new: Fd,
         carriage: Carriage,
-        left: Sequence[tuple[int, int]] = (),
+        left: Sequence[Content] = (),
     ) -> None:
         """Take what was found and assembled; nothing is done yet.
 
-        `left` are superblocks of earlier content that some receiver was left on.
+        `left` is earlier content that some receiver was left on.
         """
-        self.left = tuple(device for device in left if old is None or device != old.device)
+        self.left = left
         self.target = target
         self.old = old
         self.new = new
@@ -203,10 +187,11 @@ class Exchange:
         fresh = Sight(
             tuple(m for m in sight.matches if m.mount_id >= self.new_id or m.device != new.device), sight.unseen
         )
-        old = _copies_of(sight, self.old) if self.old else ()
+        old = copies_of(sight, self.old) if self.old else ()
         found = arrival(fresh, old, new.device)
         if self.old is not None:
             self._refuse_to_uncover(found)
+            self._refuse_to_loosen(found, {match.mount_id: match for match in fresh.of(new.device)}, self.old)
         self._covered = tuple(match.mount_id for match in found.follow)
         if len(self.carriage):
             below = (listmount(match.mount_id, match.namespace_id) for match in found.follow)
@@ -226,8 +211,9 @@ class Exchange:
         pause = _FIRST_WAIT
         while True:
             _refuse_changed(self.target, self.old)
-            if self._take_off_unused(found):
-                return ()
+            off = self._take_off_unused(found)
+            if off is not None:
+                return off
             if busy == "lazy":
                 self._detach(found)
                 return self._covered
@@ -237,19 +223,20 @@ class Exchange:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_WAIT)
 
-    def _take_off_unused(self, found: Arrival) -> bool:
+    def _take_off_unused(self, found: Arrival) -> tuple[int, ...] | None:
+        """Take old off if nobody uses it; return the mounts that someone may have come to use all the same."""
         if len(self.carriage):
             if find_holders(self.target.path, self._covered, ()):
-                return False
+                return None
             self._detach(found)
-            return True
+            return self._covered
         try:
             umount2(self.target.place)
         except KernelError as error:
             if error.errno != errno.EBUSY:
                 raise
-            return False
-        return True
+            return None
+        return ()
 
     def holders(self) -> tuple[Holder, ...]:
         """Return who uses the content that is to be replaced."""
@@ -259,6 +246,20 @@ class Exchange:
     def _detach(self, found: Arrival) -> None:
         below = [item.mount for item in self.carriage.carried]
         _detach(self.target, self.old.id if self.old else 0, below, found.follow)
+
+    def _refuse_to_loosen(self, found: Arrival, new: dict[int, Match], old: Mount) -> None:
+        """Refuse to take away a restriction that a namespace has put on its copy: new comes with new's own flags."""
+        for match in found.follow:
+            added = match.attributes & ~old.attributes & STRICTNESS
+            lost = added & ~new[match.parent_id].attributes
+            if lost:
+                names = ",".join(name for name in option_names(lost) if not name.endswith("atime"))
+                raise UndoneError(
+                    "receiver-is-stricter",
+                    f"{show(self.target.path)} is mounted {names} in namespace {match.namespace_inode}, and the new"
+                    " content would not be",
+                    f"swap with --options {names}, or restart what lives in that namespace afterwards",
+                )
 
     def _refuse_to_uncover(self, found: Arrival) -> None:
         """Refuse to take away what a namespace has mounted in old's place: an unmount goes by position."""
@@ -282,14 +283,13 @@ class Exchange:
                 f"tuckctl status {show(self.target.path)}",
             )
         new = look(self.new_id)
-        sight = observe([new.device, *([self.old.device] if self.old else []), *self.left])
-        receivers = tuple(match for match in sight.of(new.device) if match.mount_id >= self.new_id)
+        devices = [new.device, *([self.old.device] if self.old else []), *(content.device for content in self.left)]
+        sight = observe(devices)
+        receivers = tuple(match for match in copies_of(sight, new) if match.mount_id >= self.new_id)
         # A directory, or a part of it, may follow itself: what is new has the same superblock then.
         mine = {match.mount_id for match in receivers}
-        stale = tuple(
-            match for match in (_copies_of(sight, self.old) if self.old else ()) if match.mount_id not in mine
-        )
-        stale += left_behind(sight, set(self.left) - {new.device}, self.target.path)
+        stale = tuple(match for match in (copies_of(sight, self.old) if self.old else ()) if match.mount_id not in mine)
+        stale += left_behind(sight, self.left, self.target.path, but=(*receivers, *stale))
         return Revealed(self.new_id, receivers, stale, sight.unseen, ())
 
     def restore_propagation(self) -> None:
@@ -505,11 +505,11 @@ def take_off(
     deadline: float,
     enter: Callable[[str], None],
     *,
-    left: Sequence[tuple[int, int]] = (),
+    left: Sequence[Content] = (),
 ) -> Revealed:
     """Take the overlay off a target and see that base is there. Submounts that base lacks are a reason to refuse.
 
-    `left` are superblocks of earlier content that some receiver was left on.
+    `left` is earlier content that some receiver was left on.
     """
     below = children(old.id)
     ours = {mount.id for mount in below}
@@ -522,7 +522,7 @@ def take_off(
             f"unmount {show(only_here[0])} first",
         )
     enter("verify")
-    before = _copies_of(observe([old.device]), old)
+    before = copies_of(observe([old.device]), old)
     enter("reveal")
     replaced: tuple[int, ...] = ()
     pause = _FIRST_WAIT
@@ -532,6 +532,7 @@ def take_off(
             _refuse_changed(target, old)
             if below and not find_holders(target.path, ids, ()):
                 _detach(target, old.id, below, before)
+                replaced = ids
                 break
             try:
                 umount2(target.place)
@@ -551,8 +552,9 @@ def take_off(
         enter("check")
 
         def verify() -> Revealed:
-            sight = observe([old.device, *left])
-            stale = (*_copies_of(sight, old), *left_behind(sight, set(left) - {old.device}, target.path))
+            sight = observe([old.device, *(content.device for content in left)])
+            stale = copies_of(sight, old)
+            stale += left_behind(sight, left, target.path, but=stale)
             return Revealed(target.top_id(), (), stale, sight.unseen, replaced)
 
         return _until_settled(verify)

@@ -14,6 +14,7 @@ from tuckctl.kernel.flags import Hold
 from tuckctl.kernel.syscalls import find_holders
 from tuckctl.processes import command_of, owner_of, remedy
 from tuckctl.results import Holder
+from tuckctl.target import Content
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -81,12 +82,12 @@ def find(
 class Replaced:
     """Mounts that were taken off a target while something still used them, and their superblocks.
 
-    `left` are superblocks of earlier content that some receiver was left on.
+    `left` is earlier content that some receiver was left on.
     """
 
     mount_ids: tuple[int, ...] = ()
     devices: tuple[tuple[int, int], ...] = ()
-    left: tuple[tuple[int, int], ...] = ()
+    left: tuple[Content, ...] = ()
 
 
 def read_replaced(directory: bytes) -> Replaced:
@@ -97,7 +98,10 @@ def read_replaced(directory: bytes) -> Replaced:
         return Replaced(
             tuple(int(identity) for identity in found["mount_ids"]),
             tuple((int(major), int(minor)) for major, minor in found["devices"]),
-            tuple((int(major), int(minor)) for major, minor in found["left"]),
+            tuple(
+                Content((int(major), int(minor)), os.fsencode(root), os.fsencode(source))
+                for major, minor, root, source in found["left"]
+            ),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return Replaced()
@@ -105,5 +109,6 @@ def read_replaced(directory: bytes) -> Replaced:
 
 def write_replaced(directory: bytes, replaced: Replaced) -> None:
     """Remember what was replaced while in use, until the next boot."""
-    document = {"mount_ids": replaced.mount_ids, "devices": replaced.devices, "left": replaced.left}
+    left = [(*content.device, os.fsdecode(content.root), os.fsdecode(content.source)) for content in replaced.left]
+    document = {"mount_ids": replaced.mount_ids, "devices": replaced.devices, "left": left}
     write_file(directory, _FILE, json.dumps(document).encode(), durable=False)

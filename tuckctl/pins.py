@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An adopted overlay, kept mounted out of sight until the next swap or boot: it cannot be made again."""
+"""Adopted overlays, kept mounted out of sight until the next swap or boot: they cannot be made again."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from tuckctl.kernel.fd import Fd
 
 
-def _place(run: bytes, target: bytes) -> bytes:
-    return os.path.join(run, b"pins", key_of(target).encode())
+def _place(run: bytes, target: bytes, number: int) -> bytes:
+    return os.path.join(run, b"pins", b"%s-%d" % (key_of(target).encode(), number))
 
 
 def _is_mounted(path: bytes) -> bool:
@@ -28,9 +28,10 @@ def _is_mounted(path: bytes) -> bool:
         return False
 
 
-def pin(run: bytes, target: bytes, overlay: Fd) -> None:
-    """Keep a detached clone of an overlay, in this namespace alone: its parent is private."""
-    place = _place(run, target)
+def pin(run: bytes, target: bytes, number: int, overlay: Fd) -> None:
+    """Keep a detached clone of generation `number`, in this namespace alone: its parent is private."""
+    unpin(run, target, number)
+    place = _place(run, target, number)
     folder = os.path.dirname(place)
     prepare_directory(folder)
     prepare_directory(place)
@@ -43,21 +44,25 @@ def pin(run: bytes, target: bytes, overlay: Fd) -> None:
     move_mount(overlay, AT_FDCWD, place)
 
 
-def pinned(run: bytes, target: bytes) -> Fd | None:
-    """Return a detached clone of the pinned overlay, or None when there is none."""
-    place = _place(run, target)
+def pinned(run: bytes, target: bytes, number: int) -> Fd | None:
+    """Return a detached clone of generation `number`, or None when it is not pinned."""
+    place = _place(run, target, number)
     return open_tree(AT_FDCWD, place, clone=True) if _is_mounted(place) else None
 
 
-def unpin(run: bytes, target: bytes) -> None:
-    """Let go of a target's pinned overlay."""
-    place = _place(run, target)
-    if not _is_mounted(place):
+def unpin(run: bytes, target: bytes, number: int | None = None) -> None:
+    """Let go of a target's pinned overlay `number`, or of all."""
+    folder = os.path.dirname(_place(run, target, 0))
+    if not _is_mounted(folder):
         return
-    umount2(place, Umount.DETACH)
-    folder = os.path.dirname(place)
-    with contextlib.suppress(OSError):
-        os.rmdir(place)
+    prefix = _place(run, target, 0).removesuffix(b"0")
+    found = [os.path.join(folder, name) for name in os.listdir(folder)] if number is None else []
+    places = [_place(run, target, number)] if number is not None else found
+    for place in places:
+        if place.startswith(prefix) and _is_mounted(place):
+            umount2(place, Umount.DETACH)
+            with contextlib.suppress(OSError):
+                os.rmdir(place)
     if not os.listdir(folder) and _is_mounted(folder):
         umount2(folder, Umount.DETACH)
         # A directory that is removed takes what is mounted on it in other namespaces with it (rmdir(2)).

@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import os
-import stat
 
+from tuckctl.ancestry import find_weakness
 from tuckctl.durable import prepare_directory, state_error
-from tuckctl.errors import RefusedError
+from tuckctl.errors import RefusedError, UsageError
 from tuckctl.frozen import frozen
 from tuckctl.generations import key_of
 from tuckctl.kernel.syscalls import show
@@ -15,23 +15,24 @@ from tuckctl.kernel.syscalls import show
 
 def _refuse_unsafe(place: bytes) -> None:
     """Refuse a directory that others could move away and replace."""
-    at = os.path.dirname(place)
-    while True:
-        try:
-            mode = os.stat(at).st_mode
-        except FileNotFoundError:
-            mode = 0
-        except OSError as error:
-            raise state_error(place, error) from error
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise RefusedError(
-                "state-unsafe",
-                f"{show(place)}: anyone may write to {show(at)}, which has no sticky bit",
-                f"chmod o-w {show(at)}, or set its sticky bit",
-            )
-        if at == os.path.dirname(at):
-            return
-        at = os.path.dirname(at)
+    try:
+        weakness = find_weakness(place)
+    except OSError as error:
+        raise state_error(place, error) from error
+    if weakness is not None:
+        raise RefusedError("state-unsafe", f"{show(place)}: {weakness.what}", weakness.hint)
+
+
+def _named(variable: bytes, otherwise: bytes) -> bytes:
+    """Read a directory's name from the environment; an empty one is none, as in the shell's ${NAME:-otherwise}."""
+    path = os.environb.get(variable) or otherwise
+    if not path.startswith(b"/"):
+        raise UsageError(
+            "state-relative",
+            f"{variable.decode()} is {show(path)}, a relative path: each working directory would be another state",
+            f"give an absolute path, or unset {variable.decode()}",
+        )
+    return os.path.realpath(path)
 
 
 @frozen
@@ -43,10 +44,10 @@ class Places:
 
     @classmethod
     def from_environment(cls) -> Places:
-        """Read TUCKCTL_STATE_DIR and TUCKCTL_RUN_DIR."""
+        """Read TUCKCTL_STATE_DIR and TUCKCTL_RUN_DIR. Raises UsageError for a relative path."""
         return cls(
-            os.path.realpath(os.environb.get(b"TUCKCTL_STATE_DIR", b"/var/lib/tuckctl")),
-            os.path.realpath(os.environb.get(b"TUCKCTL_RUN_DIR", b"/run/tuckctl")),
+            _named(b"TUCKCTL_STATE_DIR", b"/var/lib/tuckctl"),
+            _named(b"TUCKCTL_RUN_DIR", b"/run/tuckctl"),
         )
 
     def prepare(self, target: bytes) -> None:

@@ -38,6 +38,8 @@ _FLAGS = {
     "nodiratime": MountAttr.NODIRATIME,
     "nosymfollow": MountAttr.NOSYMFOLLOW,
 }
+STRICTNESS = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOEXEC | MountAttr.NOSYMFOLLOW
+"""The flags that take something away from whoever uses the mount."""
 _OPPOSITES = {
     "rw": "ro",
     "suid": "nosuid",
@@ -83,7 +85,7 @@ def classify(target: Target, ours: dict[int, int | None], *, adopt: bool) -> Liv
         raise IncompleteError(
             "interrupted",
             f"{show(target.path)}: {len(ours)} overlays of tuckctl lie on one another: a transaction was interrupted",
-            f"tuckctl recover {show(target.path)}",
+            f"umount {show(target.path)} (--lazy where it is busy) takes the older content off, and finishes it",
         )
     if top is not None and top.id in ours:
         return Live(top, ours[top.id], adopted=False)

@@ -19,18 +19,34 @@ if TYPE_CHECKING:
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
-def drop_generations(records: Records, keep: int) -> None:
+_REACHED = ("swapped", "adopted")
+
+
+def drop_generations(records: Records, keep: int, live: int | None) -> None:
     """Drop a target's oldest generations beyond `keep`, besides those in use; its lock is held.
 
-    The newest stays in any case: its number must not be given again.
+    Those that were never seen are counted apart: they push out none that one could go back to.
+    The newest stays in any case: its number must not be given again. `live` is what was seen before.
     """
     with contextlib.suppress(TuckError, OSError):
         current = records.current()
-        used = {current.generation, current.previous} if current else set()
-        unused = [number for number in records.numbers()[:-1] if number not in used]
-        for number in unused[: max(0, len(unused) - keep)]:
-            records.remove(number)
+        used = {live, *((current.generation, current.previous) if current else ())}
+        numbers = records.numbers()
+        unused = [number for number in numbers if number not in used]
+        reached = [number for number in unused if _is_reached(records, number)]
+        for group in (reached, [number for number in unused if number not in reached]):
+            for number in group[: max(0, len(group) - keep)]:
+                if number != numbers[-1]:
+                    records.remove(number)
         records.remove_leftovers()
+
+
+def _is_reached(records: Records, number: int) -> bool:
+    """Whether a generation was ever seen; of a damaged record one cannot tell."""
+    with contextlib.suppress(TuckError):
+        generation = records.get(number)
+        return generation is not None and generation.outcome in _REACHED
+    return False
 
 
 def drop_images(places: Places) -> None:

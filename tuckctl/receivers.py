@@ -26,10 +26,14 @@ from tuckctl.kernel.threads import own_namespace
 from tuckctl.overlay import generation_of
 from tuckctl.processes import by_namespace, owner_of
 from tuckctl.results import Receiver
-from tuckctl.target import look
+from tuckctl.target import Content, look
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+
+UNLOCKED = "unlocked-in-user-namespace"
+"""A copy that propagation brought into another user namespace is not locked there before Linux 7.1."""
 
 
 @frozen
@@ -98,15 +102,45 @@ def arrival(sight: Sight, old: tuple[Match, ...], new_device: tuple[int, int]) -
     )
 
 
-def left_behind(sight: Sight, devices: Iterable[tuple[int, int]], target: bytes) -> tuple[Match, ...]:
-    """Return the mounts of earlier content among these superblocks; a number may have become another's meanwhile."""
-    wanted = set(devices)
+def copies_of(sight: Sight, mount: Mount) -> tuple[Match, ...]:
+    """Return the mounts of a mount's content.
+
+    A bind shares its superblock with mounts that are not meant. Its copies are in its peer group or below
+    it, or at the same place in another namespace.
+    """
+    found = sight.of(mount.device)
+    if mount.root == b"/":
+        return tuple(found)
+    inside, groups = mount.root + b"/", {mount.peer_group, mount.master} - {0}
+    copies = []
+    for match in found:
+        try:
+            seen = look(match.mount_id, match.namespace_id)
+        except KernelError:
+            continue
+        related = seen.point == mount.point or not groups.isdisjoint((match.peer_group, match.master))
+        if (seen.root + b"/").startswith(inside) and related:
+            copies.append(match)
+    return tuple(copies)
+
+
+def left_behind(
+    sight: Sight, left: Iterable[Content], target: bytes, *, but: Iterable[Match] = ()
+) -> tuple[Match, ...]:
+    """Return the mounts of earlier content that someone was left on, but for those that show what is live.
+
+    A superblock's device number may have become another's meanwhile: the source is compared as well.
+    """
+    wanted = tuple(left)
+    live = {match.mount_id for match in but}
     found = []
     for match in sight.matches:
-        if match.device in wanted:
-            with contextlib.suppress(KernelError):
-                if generation_of(look(match.mount_id, match.namespace_id).source, target) is not None:
-                    found.append(match)
+        if match.mount_id in live or all(content.device != match.device for content in wanted):
+            continue
+        with contextlib.suppress(KernelError):
+            mount = look(match.mount_id, match.namespace_id)
+            if any(content.is_shown_by(mount, target) for content in wanted):
+                found.append(match)
     return tuple(found)
 
 
@@ -116,7 +150,7 @@ def reason_of(match: Match, target: bytes) -> str:
         mount = look(match.mount_id, match.namespace_id)
     except KernelError:
         return "unreachable"
-    if mount.root != b"/" or mount.point != target:
+    if mount.point != target:
         return "bind"
     try:
         parent = look(match.parent_id, match.namespace_id)
@@ -128,13 +162,20 @@ def reason_of(match: Match, target: bytes) -> str:
 
 
 def describe(
-    matches: Iterable[Match], *, state: str, generation: int | None, target: bytes | None = None
+    matches: Iterable[Match],
+    *,
+    state: str,
+    generation: int | None,
+    target: bytes | None = None,
+    content: Mount | None = None,
 ) -> tuple[Receiver, ...]:
     """Turn mounts into receivers, with the processes of each namespace and who answers for them.
 
-    Where `target` is given, each gets the reason why it was left out.
+    Where `target` is given, each gets the reason why it was left out, and the generation that its source
+    names; `generation` then is that of the mounts that show `content`, whatever their source.
     """
     processes: dict[int, list[int]] | None = None
+    users = os.stat("/proc/thread-self/ns/user").st_ino
     found = []
     for match in matches:
         if processes is None:
@@ -145,15 +186,18 @@ def describe(
             continue  # its namespace is gone, and with it the receiver
         pids = tuple(sorted(processes.get(match.namespace_inode, ())))
         owner = owner_of(pids[0]) if pids else None
+        shows = content is not None and (mount.device, mount.source) == (content.device, content.source)
+        same = generation if shows and content is not None and mount.root.startswith(content.root) else None
+        hazards = (UNLOCKED,) if state == "updated" and match.owner not in (0, users) else ()
         found.append(
             Receiver(
                 match.namespace_inode,
                 mount.point,
                 mount.root,
                 state,
-                generation if target is None else generation_of(mount.source, target) or generation,
+                generation if target is None else generation_of(mount.source, target) or same,
                 reason_of(match, target) if target is not None else None,
-                (),
+                hazards,
                 pids,
                 owner.unit if owner else None,
                 owner.container if owner else None,

@@ -14,9 +14,9 @@ from tuckctl.generations import Records, all_records, boot_id
 from tuckctl.kernel.fd import standard_streams
 from tuckctl.places import Places
 from tuckctl.plan import classify, live_mounts
-from tuckctl.receivers import describe, left_behind, observe
+from tuckctl.receivers import copies_of, describe, left_behind, observe
 from tuckctl.results import GenerationInfo, History, Holders, Problem, Receiver, Status, TargetStatus, infos
-from tuckctl.target import Target, open_target
+from tuckctl.target import Content, Target, open_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -111,7 +111,7 @@ def _status(target: Target, places: Places, warnings: list[Problem]) -> TargetSt
 
 
 def _receivers(
-    target: Target, ours: dict[int, int | None], generation: int | None, left: Sequence[tuple[int, int]]
+    target: Target, ours: dict[int, int | None], generation: int | None, left: Sequence[Content]
 ) -> tuple[tuple[Receiver, ...], int]:
     """Find who sees the live overlay, and who was left on an earlier one."""
     mounts = [mount for mount in target.stack if mount.id in ours]
@@ -119,20 +119,14 @@ def _receivers(
         return (), 0
     live = [mount.device for mount in mounts]
     try:
-        sight = observe([*live, *left])
+        sight = observe([*live, *(content.device for content in left)])
     except KernelError:
         return (), 1
+    shown = copies_of(sight, mounts[-1]) if mounts else ()
     stale = describe(
-        left_behind(sight, set(left) - set(live), target.path), state="stale", generation=None, target=target.path
+        left_behind(sight, left, target.path, but=shown), state="stale", generation=None, target=target.path
     )
-    if not mounts:
-        return stale, sight.unseen
-    top = mounts[-1]
-    updated = describe(
-        [m for m in sight.of(top.device) if top.root == b"/" or m.mount_id >= top.id],
-        state="updated",
-        generation=generation,
-    )
+    updated = describe(shown, state="updated", generation=generation)
     return updated + stale, sight.unseen
 
 

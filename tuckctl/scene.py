@@ -18,6 +18,7 @@ from tuckctl.kernel.flags import AT_FDCWD, Resolve
 from tuckctl.kernel.syscalls import Mount, mount_id, open_tree, openat2, show
 from tuckctl.locks import locked, release, take
 from tuckctl.plan import Live, classify, live_mounts, refuse_capabilities, refuse_nested
+from tuckctl.receivers import copies_of, observe
 from tuckctl.target import Target, base_directory, look, open_base, open_target
 
 if TYPE_CHECKING:
@@ -89,7 +90,35 @@ def open_scene(places: Places, path: bytes, deadline: float, *, adopt: bool) -> 
         if live.old is not None and not live.adopted and live.generation is not None:
             recorded = records.get(live.generation)
             live = replace(live, adopted=recorded is not None and recorded.adopted)
+        refuse_copy(target, live, namespace)
         yield Scene(target, live, records, current, boot, namespace)
+
+
+def refuse_copy(target: Target, live: Live, namespace: int) -> None:
+    """Refuse where a change would stay in a copy of the host's mount, and the host on what it sees now.
+
+    A mount around the target that only receives (mount_namespaces(7), MS_SLAVE) has its master elsewhere;
+    from a private one nothing goes anywhere. Only what can be seen to be so is refused.
+    """
+    covered = len(target.stack) - live.covering
+    parent = target.stack[covered - 1] if covered else target.around
+    elsewhere = None
+    if parent.master:
+        masters = [match for match in observe([parent.device]).matches if match.peer_group == parent.master]
+        if all(match.namespace_inode != namespace for match in masters):
+            elsewhere = next(iter(masters), None)
+    elif live.old is not None and not parent.peer_group:
+        with contextlib.suppress(OSError):
+            host = os.stat("/proc/1/ns/mnt").st_ino
+            copies = copies_of(observe([live.old.device]), live.old) if host != namespace else ()
+            elsewhere = next((match for match in copies if match.namespace_inode == host), None)
+    if elsewhere is not None:
+        raise RefusedError(
+            "not-the-host-namespace",
+            f"{show(target.path)} is a copy here: mount namespace {elsewhere.namespace_inode}, where it comes from,"
+            " would not see the change",
+            "run it in that namespace: nsenter --mount=/proc/PID/ns/mnt, with the PID of a process in it",
+        )
 
 
 @contextlib.contextmanager

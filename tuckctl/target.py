@@ -13,7 +13,9 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tuckctl.ancestry import find_weakness
 from tuckctl.errors import KernelError, RefusedError
+from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import AT_FDCWD, Resolve, StatMount, Umount
 from tuckctl.kernel.syscalls import (
     Mount,
@@ -42,6 +44,20 @@ _ALL = (
     | StatMount.MNT_NS_ID
     | StatMount.SB_SOURCE
 )
+
+
+@frozen
+class Content:
+    """What a target showed: a superblock, the part of it, and its source."""
+
+    device: tuple[int, int]
+    root: bytes
+    source: bytes
+
+    def is_shown_by(self, mount: Mount, target: bytes) -> bool:
+        """Whether a mount shows it: a part of it by any path, a directory of a larger filesystem at the target."""
+        whole = self.root == b"/" or (mount.root == self.root and mount.point == target)
+        return (mount.device, mount.source) == (self.device, self.source) and whole
 
 
 def look(identity: int, namespace_id: int = 0) -> Mount:
@@ -152,18 +168,12 @@ def resolve(path: bytes) -> bytes:
 
 def _refuse_unsafe(real: bytes) -> None:
     """Refuse a path on which others could put something else in the target's place."""
-    at = os.path.dirname(real)
-    while True:
-        mode = os.stat(at).st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-            raise RefusedError(
-                "unsafe-path",
-                f"{show(real)}: anyone may write to {show(at)}, which has no sticky bit",
-                f"chmod o-w {show(at)}, or set its sticky bit",
-            )
-        if at == b"/":
-            return
-        at = os.path.dirname(at)
+    try:
+        weakness = find_weakness(real)
+    except OSError as error:
+        raise _refuse_missing(real, error) from error
+    if weakness is not None:
+        raise RefusedError("unsafe-path", f"{show(real)}: {weakness.what}", weakness.hint)
 
 
 def open_target(path: bytes) -> Target:

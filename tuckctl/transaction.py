@@ -26,9 +26,10 @@ from tuckctl.overlay import Overlay, assemble, source_file_name, source_name
 from tuckctl.places import Places
 from tuckctl.plan import BUSY, attributes, option_names, parse_options, refuse_layers
 from tuckctl.prune import drop_generations, drop_images
-from tuckctl.receivers import Sight, describe, left_behind, observe, remedies
+from tuckctl.receivers import UNLOCKED, copies_of, describe, left_behind, observe, remedies
 from tuckctl.results import Holder, TargetResult, TransactionResult, infos
 from tuckctl.scene import Scene, absolute, open_scene, opened_base, refuse_inside
+from tuckctl.target import Content
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,7 +73,7 @@ def check_request(request: Request) -> None:
     if request.sha256 and len(request.sha256) != len(request.images):
         raise UsageError(
             "digest-count",
-            f"{len(request.sha256)} digests for {len(request.images)} images",
+            f"there are not as many digests ({len(request.sha256)}) as images ({len(request.images)})",
             "give one --sha256 for each image",
         )
     if request.options is not None:
@@ -82,7 +83,7 @@ def check_request(request: Request) -> None:
 def swap(path: bytes, request: Request) -> TransactionResult:
     """Replace the target's content by these images over base."""
     places = Places.from_environment()
-    with begin("swap", path) as course, contextlib.ExitStack() as stack:
+    with begin("swap", path) as course, contextlib.ExitStack() as afterwards, contextlib.ExitStack() as stack:
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
@@ -91,9 +92,11 @@ def swap(path: bytes, request: Request) -> TransactionResult:
         refuse_layers(len(request.images), base)
         flags = attributes(scene.target, scene.live, request.options)
         bottom = stack.enter_context(opened_base(scene))
+        afterwards.callback(drop_images, places)
         images = _open_images(stack, course, scene, request, places=places, deadline=deadline, bottom=bottom)
         if _unchanged(scene, images, flags, base):
             return _report_unchanged(course, scene, places)
+        before = scene.live.generation
         adopted, scene = _adopt(scene, course)
         generation = Generation(
             adopted.number + 1 if adopted is not None else scene.records.next_number(),
@@ -113,16 +116,14 @@ def swap(path: bytes, request: Request) -> TransactionResult:
             if record is not None:
                 scene.records.write(record)
         try:
-            result = _exchange(course, scene, exchange, generation, busy=request.busy, deadline=deadline, places=places)
+            return _exchange(course, scene, exchange, generation, busy=request.busy, deadline=deadline, places=places)
         except PartialError:
             raise
         except BaseException as error:
-            with contextlib.suppress(TuckError):
-                scene.records.write(replace(generation, outcome=getattr(error, "outcome", "undone")))
+            _record_failure(scene, error, adopted, generation)
             raise
-        drop_generations(scene.records, request.keep)
-    drop_images(places)
-    return result
+        finally:
+            drop_generations(scene.records, request.keep, before)
 
 
 def rollback(path: bytes, request: Request) -> TransactionResult:
@@ -141,7 +142,7 @@ def rollback(path: bytes, request: Request) -> TransactionResult:
         if generation.number == scene.live.generation:
             return _report_unchanged(course, scene, places)
         if generation.adopted:
-            new = pins.pinned(places.run, scene.target.path)
+            new = pins.pinned(places.run, scene.target.path, generation.number)
             if new is None:
                 raise RefusedError(
                     "adopted-overlay-gone",
@@ -181,12 +182,19 @@ def detach(path: bytes, request: Request) -> TransactionResult:
         record = scene.records.draft_current(Current(None, before, scene.boot_id, scene.namespace, 0))
         stack.enter_context(record)
         left = holding.read_replaced(places.of(target.path)).left
-        revealed = take_off(target, old, request.busy, deadline, course.enter, left=left)
+        keepsake = _keepsake(stack, scene)
+        try:
+            revealed = take_off(target, old, request.busy, deadline, course.enter, left=left)
+        except PartialError:
+            raise
+        except BaseException as error:
+            _record_failure(scene, error, adopted)
+            raise
         course.enter("record")
         _publish(course, record)
-        pins.unpin(places.run, target.path)
+        _pin(scene, keepsake, places)
         holders = _remember(scene, revealed, places)
-        stale = describe(revealed.stale, state="stale", generation=before, target=target.path)
+        stale = describe(revealed.stale, state="stale", generation=before, target=target.path, content=old)
         result = TargetResult(target.path, None, before, None, (), stale, revealed.unseen, holders)
         return _conclude(course, result, stale, revealed.unseen)
 
@@ -329,10 +337,11 @@ def _report_unchanged(course: Course, scene: Scene, places: Places) -> Transacti
     """Say that it is live already, and who does not see it."""
     target, old, generation = scene.target.path, scene.live.old, scene.live.generation
     recorded = scene.records.get(generation) if generation is not None else None
-    left = set(holding.read_replaced(places.of(target)).left)
-    sight = observe([old.device, *left]) if old is not None else Sight((), 0)
-    matches = sight.of(old.device) if old is not None else []
-    stale = left_behind(sight, left - ({old.device} if old is not None else set()), target)
+    left = holding.read_replaced(places.of(target)).left
+    devices = ([old.device] if old is not None else []) + [content.device for content in left]
+    sight = observe(devices)
+    matches = copies_of(sight, old) if old is not None else ()
+    stale = left_behind(sight, left, target, but=matches)
     result = TargetResult(
         target,
         generation,
@@ -375,10 +384,37 @@ def _adopt(scene: Scene, course: Course) -> tuple[Generation | None, Scene]:
     number = scene.records.next_number()
     source = ImageRecord(live.old.source, live.old.fstype, None, kept=False)
     options = option_names(live.old.attributes)
+    if not os.statvfs(scene.target.place).f_flag & os.ST_RDONLY:
+        course.warn(
+            "adopted-writable",
+            f"{show(scene.target.path)} was writable: what was written to it lies in its upper layer, and is not in"
+            " the content that follows",
+            f"tuckctl rollback {show(scene.target.path)}, until the next swap or boot, brings it back",
+        )
     adopted = Generation(
         number, scene.target.path, (source,), options, b"under", _now(), course.transaction, "adopted", adopted=True
     )
     return adopted, replace(scene, live=replace(live, generation=number))
+
+
+def _record_failure(scene: Scene, error: BaseException, *generations: Generation | None) -> None:
+    """Record what became of generations that were not reached, without hiding why."""
+    with contextlib.suppress(TuckError):
+        for generation in generations:
+            if generation is not None:
+                scene.records.write(replace(generation, outcome=getattr(error, "outcome", "undone")))
+
+
+def _keepsake(stack: contextlib.ExitStack, scene: Scene) -> Fd | None:
+    """Clone an overlay that tuckctl did not make before it goes: it cannot be made again."""
+    if not scene.live.adopted:
+        return None
+    return stack.enter_context(open_tree(scene.target.parent, scene.target.name, clone=True))
+
+
+def _pin(scene: Scene, keepsake: Fd | None, places: Places) -> None:
+    if keepsake is not None and scene.live.generation is not None:
+        pins.pin(places.run, scene.target.path, scene.live.generation, keepsake)
 
 
 def _prepare(stack: contextlib.ExitStack, scene: Scene, new: Fd, carriage: Carriage, places: Places) -> Exchange:
@@ -413,16 +449,17 @@ def _exchange(
     with contextlib.ExitStack() as stack:
         records = [stack.enter_context(scene.records.draft(generation))]
         records.append(stack.enter_context(scene.records.draft_current(current)))
-        keepsake = stack.enter_context(open_tree(target.parent, target.name, clone=True)) if live.adopted else None
+        keepsake = _keepsake(stack, scene)
         revealed = run(exchange, busy, deadline, course.enter)
         course.enter("record")
         _publish(course, *records)
-        if keepsake is not None or generation.adopted or course.command == "swap":
+        if course.command == "swap":
             pins.unpin(places.run, target.path)
-        if keepsake is not None:
-            pins.pin(places.run, target.path, keepsake)
+        elif generation.adopted:
+            pins.unpin(places.run, target.path, generation.number)
+        _pin(scene, keepsake, places)
     receivers = describe(revealed.receivers, state="updated", generation=generation.number)
-    stale = describe(revealed.stale, state="stale", generation=live.generation, target=target.path)
+    stale = describe(revealed.stale, state="stale", generation=live.generation, target=target.path, content=live.old)
     result = TargetResult(
         target.path,
         generation.number,
@@ -451,15 +488,25 @@ def _conclude(
     course: Course, result: TargetResult, stale: Sequence[object], unseen: int, outcome: str = "swapped"
 ) -> TransactionResult:
     """Make the document; raise PartialError with it where someone was left behind."""
+    unlocked = [receiver.namespace for receiver in result.receivers if UNLOCKED in receiver.hazards]
+    if unlocked:
+        course.warn(
+            UNLOCKED,
+            f"{show(result.target)}: root in a user namespace could unmount the content there and see base"
+            f" (mount namespaces {', '.join(map(str, unlocked))})",
+            "restart what lives there: a new namespace gets its mounts locked",
+        )
     if not stale and not unseen:
         return course.result(outcome, result)
     where = show(result.target)
     if stale:
         left = [receiver for receiver in result.receivers if receiver.state == "stale"]
-        message = f"{where}: done, but {len(left)} receivers still see the content before"
+        see = "1 receiver still sees" if len(left) == 1 else f"{len(left)} receivers still see"
+        message = f"{where}: done, but {see} the content before"
         error = PartialError("receivers-left-behind", message, remedies(left))
     else:
-        message = f"{where}: done, but {unseen} namespaces could not be looked into"
+        spaces = "1 namespace" if unseen == 1 else f"{unseen} namespaces"
+        message = f"{where}: done, but {spaces} could not be looked into"
         error = PartialError("namespaces-unseen", message, "run it with the rights to see them")
     error.result = course.result(error.outcome, result, error)
     raise error
@@ -469,7 +516,9 @@ def _remember(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder,
     """Find who still uses what was taken off; remember that, and what someone was left on, for later questions."""
     old, target = scene.live.old, scene.target.path
     known = holding.read_replaced(places.of(target))
-    left = tuple(sorted({match.device for match in revealed.stale}))
+    shown = (*known.left, *([Content(old.device, old.root, old.source)] if old is not None else []))
+    devices_left = {match.device for match in revealed.stale}
+    left = tuple(content for content in dict.fromkeys(shown) if content.device in devices_left)
     kept = replace(known, left=left)
     found: tuple[Holder, ...] = ()
     if revealed.replaced:

@@ -48,6 +48,22 @@ def in_user_namespace(work: Callable[_P, _T], *args: _P.args, **named: _P.kwargs
     return _in_child(_own_users, work, args, named)
 
 
+def in_own_processes(work: Callable[_P, _T], *args: _P.args, **named: _P.kwargs) -> _T:
+    """Run work as `in_own_namespace` does, as process 1 of a process namespace of its own."""
+    new_processes = 0x20000000
+
+    def enter() -> None:
+        _own_mounts()
+        with new_mount("proc", []) as proc:
+            move_mount(proc, AT_FDCWD, b"/proc")
+
+    def begin() -> _T:
+        assert ctypes.CDLL(None, use_errno=True).unshare(new_processes) == 0
+        return _in_child(enter, work, args, named)
+
+    return in_own_namespace(begin)
+
+
 def run(*command: str | bytes | Path, ok: bool = True) -> str:
     """Run a program and return what it printed on either stream; it must succeed unless `ok` is false."""
     done = subprocess.run(

@@ -142,28 +142,86 @@ def test_a_swap_from_the_adopted_overlay_pins_it_again(disk: bytes) -> None:
 
 
 @pytest.mark.parametrize("parent", PARENTS)
-def test_a_detach_of_an_adopted_overlay_leaves_nothing(disk: bytes, parent: str) -> None:
+def test_an_adopted_overlay_that_is_detached_stays_to_go_back_to_until_the_next_swap(disk: bytes, parent: str) -> None:
     def work(scene: Scene) -> None:
         mount_foreign(scene)
         device = scene.top.device
         assert failure(lambda: tuckctl.detach(scene.target)).code == "foreign-mount"
         scene.swap("a", adopt=True)
         tuckctl.rollback(scene.target)
+        for _ in range(2):
+            tuckctl.detach(scene.target)
+            assert scene.which() == b"base"
+            assert pins(scene)
+            assert tuckctl.rollback(scene.target).targets[0].generation == 1
+            assert (scene.top.device, scene.which()) == (device, b"foreign")
         tuckctl.detach(scene.target)
-        assert scene.which() == b"base"
+        scene.swap("b")
         assert pins(scene) == []
         settle(lambda: not superblock_lives(device))
 
     in_scene(disk, work, parent)
 
 
+def test_each_adopted_overlay_is_gone_back_to_by_its_own_number(disk: bytes) -> None:
+    def work(scene: Scene) -> None:
+        mount_foreign(scene)
+        first = scene.top.device
+        scene.swap("a", adopt=True)
+        # Not by the tool: it stays in its pin, and another comes.
+        take_off(scene.target)
+        mount_foreign(scene)
+        second = scene.top.device
+        assert first != second
+        assert tuckctl.detach(scene.target, adopt=True).targets[0].previous == 3
+        for number, device in ((1, first), (3, second), (1, first)):
+            assert tuckctl.rollback(scene.target, to=number).targets[0].generation == number
+            assert scene.top.device == device
+        scene.swap("b")
+        # The one that was live is kept on; the other is let go of.
+        assert len(pins(scene)) == 2
+        assert failure(lambda: tuckctl.rollback(scene.target, to=3)).code == "adopted-overlay-gone"
+        assert tuckctl.rollback(scene.target).targets[0].generation == 1
+        assert scene.top.device == first
+
+    in_scene(disk, work)
+
+
+def test_a_detach_leaves_an_earlier_adopted_overlay_to_go_back_to(disk: bytes) -> None:
+    def work(scene: Scene) -> None:
+        mount_foreign(scene)
+        device = scene.top.device
+        scene.swap("a", adopt=True)
+        tuckctl.detach(scene.target)
+        assert tuckctl.rollback(scene.target, to=1).targets[0].generation == 1
+        assert scene.top.device == device
+
+    in_scene(disk, work)
+
+
+@pytest.mark.parametrize("writable", [False, True])
+def test_adopting_what_is_writable_warns_that_its_upper_layer_is_left_out(disk: bytes, *, writable: bool) -> None:
+    def work(scene: Scene) -> None:
+        mount_foreign(scene, writable=writable)
+        result = scene.swap("a", adopt=True)
+        codes = [warning.code for warning in result.warnings if warning.code != "directory-image"]
+        assert codes == ["adopted-writable"] * writable
+        tuckctl.rollback(scene.target)
+        assert "adopted-writable" not in [warning.code for warning in scene.swap("b").warnings]
+
+    in_scene(disk, work)
+
+
 def test_a_foreign_overlay_can_be_detached_at_once(disk: bytes) -> None:
     def work(scene: Scene) -> None:
         mount_foreign(scene)
+        device = scene.top.device
         assert tuckctl.detach(scene.target, adopt=True).outcome == "swapped"
         assert scene.which() == b"base"
         assert not scene.stack
-        assert pins(scene) == []
+        assert pins(scene)
+        assert tuckctl.rollback(scene.target).targets[0].generation == 1
+        assert (scene.top.device, scene.which()) == (device, b"foreign")
 
     in_scene(disk, work)
 
@@ -178,6 +236,7 @@ def test_an_adoption_that_is_undone_leaves_it_foreign_and_unpinned(disk: bytes) 
         assert pins(scene) == []
         scene.let_go(holder)
         assert scene.failure("a").code == "foreign-mount"
+        assert [each.outcome for each in tuckctl.history(scene.target).generations] == ["undone", "undone"]
         assert scene.swap("a", adopt=True, busy="fail").outcome == "swapped"
 
     in_scene(disk, work)

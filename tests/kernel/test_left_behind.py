@@ -3,13 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from functools import partial
 from typing import TYPE_CHECKING
 
+import pytest
+
 import tuckctl
 from tests.kernel import lab
-from tests.kernel.scenes import Scene, Space
+from tests.kernel.scenes import Scene, Space, bind, take_off
 from tuckctl.errors import PartialError
+from tuckctl.kernel.flags import AT_FDCWD, MountAttr
+from tuckctl.kernel.syscalls import mount_id, mount_setattr
+from tuckctl.target import look
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,3 +64,86 @@ def test_an_image_that_is_live_already_is_no_reason_to_call_everybody_served(dis
 
     left = (6, [("stale", 1, "private")])
     assert lab.in_own_namespace(work) == [left, left]
+
+
+def test_a_directory_that_is_the_content_by_itself_is_remembered_too(disk: bytes) -> None:
+    def work() -> list[object]:
+        with Scene(disk) as scene:
+            scene.swap("a", base="none")
+            scene.space("private")
+            found: list[object] = [_outcome(partial(scene.swap, name, base="none")) for name in ("b", "c")]
+            found.append([target.state for target in tuckctl.status(scene.target).targets])
+            return found
+
+    left = (6, [("stale", 1, "private")])
+    assert lab.in_own_namespace(work) == [left, (6, [("stale", None, "private")]), ["stale"]]
+
+
+def test_a_bind_of_the_image_directory_is_no_receiver(disk: bytes) -> None:
+    def work() -> tuple[int, list[tuple[str, int | None, str | None]]]:
+        with Scene(disk) as scene:
+            scene.swap("a", base="none")
+            os.mkdir(disk + b"/place")
+            bind(scene.image("a") + b"/sub", disk + b"/place")
+            found = _outcome(lambda: scene.swap("b", base="none"))
+            take_off(disk + b"/place")
+            return found
+
+    assert lab.in_own_namespace(work) == (0, [])
+
+
+def test_a_receiver_that_has_restricted_its_copy_is_not_made_weaker(disk: bytes) -> None:
+    def work() -> tuple[str, int, bool, str]:
+        with Scene(disk) as scene:
+            scene.swap("a")
+            space = scene.space("slave")
+            space.do(lambda: mount_setattr(AT_FDCWD, scene.target, set_=MountAttr.NOEXEC))
+            with scene.unchanged():
+                error = scene.failure("b")
+            done = scene.swap("b", options="noexec")
+            strict = space.do(lambda: look(mount_id(AT_FDCWD, scene.target))).attributes
+            return error.code, error.exit_code, bool(strict & MountAttr.NOEXEC), done.outcome
+
+    assert lab.in_own_namespace(work) == ("receiver-is-stricter", 4, True, "swapped")
+
+
+def test_a_copy_that_is_unlocked_in_a_user_namespace_is_a_hazard(disk: bytes) -> None:
+    def work() -> tuple[set[tuple[str, ...]], list[str]]:
+        with Scene(disk) as scene:
+            scene.swap("a")
+            scene.space("user")
+            result = scene.swap("b")
+            hazards = {receiver.hazards for receiver in result.targets[0].receivers}
+            return hazards, [warning.code for warning in result.warnings]
+
+    hazards, warnings = lab.in_own_namespace(work)
+    assert hazards == {(), ("unlocked-in-user-namespace",)}
+    assert "unlocked-in-user-namespace" in warnings
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_in_a_slave_copy_of_the_hosts_mount_nothing_is_done(disk: bytes, *, live: bool) -> None:
+    def work() -> tuple[str, int]:
+        with Scene(disk) as scene:
+            if live:
+                scene.swap("a")
+            space = scene.space("slave")
+            with scene.unchanged() if live else contextlib.nullcontext():
+                error = space.do(lambda: scene.failure("b"))
+            return error.code, error.exit_code
+
+    assert lab.in_own_namespace(work) == ("not-the-host-namespace", 3)
+
+
+def test_in_a_private_copy_of_pid_1s_mount_nothing_is_done(disk: bytes) -> None:
+    """A process namespace of its own makes the scene's namespace that of pid 1."""
+
+    def work() -> tuple[str, int]:
+        with Scene(disk) as scene:
+            scene.swap("a")
+            space = scene.space("private")
+            with scene.unchanged():
+                error = space.do(lambda: scene.failure("b"))
+            return error.code, error.exit_code
+
+    assert lab.in_own_processes(work) == ("not-the-host-namespace", 3)

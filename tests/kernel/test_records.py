@@ -366,6 +366,29 @@ def test_a_swap_keeps_so_many_generations_besides_those_in_use_and_the_images_th
     on_ground(disk, work)
 
 
+def test_swaps_that_were_undone_push_out_no_generation_and_pile_up_no_images(disk: bytes) -> None:
+    def work(ground: Ground) -> None:
+        for number in range(1, 6):
+            ground.swap(f"g{number}", keep=3)
+        kept = ground.kept()
+        with contextlib.closing(Holder(ground.target + b"/which")):
+            for number in range(6, 12):
+                error = failure(lambda n=number: ground.swap(f"g{n}", busy="fail", keep=3))  # type: ignore[misc]
+                assert error.code == "busy"
+        found = outcomes(ground)
+        # 5 is live and 4 was before it; besides them three more, and the newest three of the others.
+        assert [number for number, outcome, _ in found if outcome == "swapped"] == [5, 4, 3, 2, 1]
+        assert [number for number, outcome, _ in found if outcome == "undone"] == [11, 10, 9]
+        assert len(ground.kept()) == 5 + 3
+        assert set(kept) < set(ground.kept())
+        ground.swap("g12", keep=3)
+        assert [number for number, _, _ in outcomes(ground)] == [12, 11, 10, 9, 5, 4, 3, 2]
+        assert tuckctl.rollback(ground.target, to=2).targets[0].generation == 2
+        assert ground.which() == b"g2"
+
+    on_ground(disk, work)
+
+
 def test_another_targets_images_are_not_dropped(disk: bytes) -> None:
     def work(ground: Ground) -> None:
         other = ground.disk + b"/other"

@@ -24,8 +24,7 @@ app = typer.Typer(
 
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer calls it
     if value:
-        say(f"tuckctl {__version__}\n")
-        raise typer.Exit
+        raise typer.Exit(0 if say(f"tuckctl {__version__}\n") else 1)
 
 
 @app.callback()

@@ -93,8 +93,8 @@ def _do(job: Job) -> int:
     finally:
         if line is not None:
             line.clear()
-    told.success(document)
-    return 0
+    # A transaction's code says what became of the target; of a question, nothing is left but the answer.
+    return 0 if told.success(document) or job.command not in QUESTIONS else 1
 
 
 class _Told:
@@ -111,12 +111,12 @@ class _Told:
 
             self._draw = getattr(pictures, job.picture)
 
-    def success(self, document: Any) -> None:
-        if self._job.json:
-            streams.say(self._dumps(document))
-        else:
-            streams.say(self._draw(document, self._style))
+    def success(self, document: Any) -> bool:
+        """Tell it; return whether it could be written."""
+        text = self._dumps(document) if self._job.json else self._draw(document, self._style)
+        written = streams.say(text)
         self._warn(document)
+        return written
 
     def failure(self, error: TuckError) -> None:
         document = error.result

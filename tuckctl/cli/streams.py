@@ -32,10 +32,10 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in raw)
 
 
-def say(text: str) -> None:
-    """Write a result to standard output. That nobody wants to read it is no failure."""
+def say(text: str) -> bool:
+    """Write a result to standard output; return whether that went well. That nobody wants to read it is no failure."""
     if sys.stdout is None:
-        return
+        return True
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -43,6 +43,8 @@ def say(text: str) -> None:
         _silence()
     except OSError as error:
         fail_to_say(error)
+        return False
+    return True
 
 
 def fail_to_say(error: OSError) -> None:

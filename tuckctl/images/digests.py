@@ -19,6 +19,8 @@ from tuckctl.errors import TuckError
 from tuckctl.images.drafts import Draft, open_own_directory, open_own_subdirectory
 from tuckctl.images.formats import Flaw
 from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.flags import StatMount
+from tuckctl.kernel.syscalls import mount_id, statmount
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -31,8 +33,11 @@ BLOCK = 1 << 18
 PROGRESS_EVERY = 1 << 24
 _BUFFERS = 4
 _SETTLED_NS = 2_000_000_000
-_ENTRY = re.compile(rb"(\d{1,20}) (-?\d{1,20}) (-?\d{1,20}) ([0-9a-f]{64}) ([0-9a-f]{8})\n")
-_LONGEST_ENTRY = 256
+_ENTRY = re.compile(rb"(\d{1,20}) (-?\d{1,20}) (-?\d{1,20}) ([0-9a-f]{64}) ([0-9a-f:-]{1,80}|own) ([0-9a-f]{8})\n")
+_LONGEST_ENTRY = 512
+_OWN = b"own"
+# A write through a mapping need not show in a file's times here; an overlay may lie on one of them.
+_FORGETFUL = frozenset({"tmpfs", "devtmpfs", "ramfs", "overlay"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +173,13 @@ def compute_digest(file: Fd, *, progress: Progress | None = None) -> str:
 class DigestCache:
     """STATE/digests: what each unchanged file's digest was.
 
-    An entry is believed while the inode's size and times are those that it records. None is written for a
-    file that changed less than two seconds before it was read: another change within one tick of the
-    filesystem's clock would not show in its times. That nothing can be read or written here fails nothing.
+    An entry is believed while the inode's size and times are those that it records, and as long as the mount lasts
+    through which the file was read: another filesystem may get the same device number, and hold a file with the same
+    inode number, size and times. There is none for a file on a tmpfs or an overlay, where a change may not show
+    in its times, nor for a file that changed less than two seconds before it was read: another change within one tick
+    of the filesystem's clock would not show. That nothing can be read or written here fails nothing.
+
+    For the kept copies (`own`) neither the mount nor the filesystem counts: nobody else writes to them.
     """
 
     __slots__ = ("_state",)
@@ -178,20 +187,22 @@ class DigestCache:
     def __init__(self, state: bytes) -> None:
         self._state = state
 
-    def find(self, file: Fd) -> str | None:
+    def find(self, file: Fd, *, own: bool = False) -> str | None:
         """Return the digest of an unchanged regular file, or None when it is not known."""
         with suppress(OSError, TuckError):
             found = os.fstat(file.fileno())
-            if stat.S_ISREG(found.st_mode) and (directory := self._open(create=False)) is not None:
+            if not stat.S_ISREG(found.st_mode) or (place := _OWN if own else _place(file)) is None:
+                return None
+            if (directory := self._open(create=False)) is not None:
                 with directory:
                     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-                    number = os.open(_name(found), flags, dir_fd=directory.fileno())
+                    number = os.open(_name(found, place), flags, dir_fd=directory.fileno())
                 with Fd(number):
                     entry = os.read(number, _LONGEST_ENTRY)
-                return _read_entry(entry, Stamp.of(file))
+                return _read_entry(entry, Stamp.of(file), place)
         return None
 
-    def remember(self, file: Fd, stamp: Stamp, digest: str, *, read_at_ns: int) -> None:
+    def remember(self, file: Fd, stamp: Stamp, digest: str, *, read_at_ns: int, own: bool = False) -> None:
         """Record the digest that was read from `read_at_ns` (nanoseconds since the epoch) on, if that can be relied on.
 
         `read_at_ns` may be in the future for a file that no one else can write to.
@@ -199,13 +210,16 @@ class DigestCache:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode) or max(stamp.mtime_ns, stamp.ctime_ns) + _SETTLED_NS > read_at_ns:
             return
-        entry = b"%d %d %d %s" % (stamp.size, stamp.mtime_ns, stamp.ctime_ns, digest.encode())
         with suppress(OSError, TuckError):
+            place = _OWN if own else _place(file)
+            if place is None:
+                return
+            entry = b"%d %d %d %s %s" % (stamp.size, stamp.mtime_ns, stamp.ctime_ns, digest.encode(), place)
             directory = self._open(create=True)
             if directory is not None:
                 with directory, Draft(directory, 0o600) as draft:
                     os.write(draft.file.fileno(), b"%s %08x\n" % (entry, zlib.crc32(entry)))
-                    draft.publish(_name(found))
+                    draft.publish(_name(found, place))
 
     def _open(self, *, create: bool) -> Fd | None:
         # The state directory itself is made when there is something to keep, never for the cache alone.
@@ -221,13 +235,25 @@ def now_ns() -> int:
     return time.time_ns()
 
 
-def _name(found: os.stat_result) -> bytes:
-    return b"%x-%x" % (found.st_dev, found.st_ino)
+def _name(found: os.stat_result, place: bytes) -> bytes:
+    return b"%s%x-%x" % (b"own-" if place == _OWN else b"", found.st_dev, found.st_ino)
 
 
-def _read_entry(entry: bytes, stamp: Stamp) -> str | None:
+def _place(file: Fd) -> bytes | None:
+    """Name this boot and the mount of an open file, or return None where a file's times may not tell of a change.
+
+    Raises KernelError, OSError.
+    """
+    identity = mount_id(file)
+    if statmount(identity, StatMount.FS_TYPE).fstype in _FORGETFUL:
+        return None
+    with Fd(os.open(b"/proc/sys/kernel/random/boot_id", os.O_RDONLY | os.O_CLOEXEC)) as boot:
+        return b"%s:%x" % (os.read(boot.fileno(), 64).strip(), identity)
+
+
+def _read_entry(entry: bytes, stamp: Stamp, place: bytes) -> str | None:
     match = _ENTRY.fullmatch(entry)
-    if match is None or zlib.crc32(entry[: match.start(5) - 1]) != int(match[5], 16):
+    if match is None or zlib.crc32(entry[: match.start(6) - 1]) != int(match[6], 16):
         return None
     recorded = Stamp(int(match[1]), int(match[2]), int(match[3]))
-    return match[4].decode("ascii") if recorded == stamp else None
+    return match[4].decode("ascii") if recorded == stamp and match[5] == place else None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tuckctl.errors import ImageError, UsageError
 from tuckctl.frozen import frozen
-from tuckctl.images.digests import length, read_at
+from tuckctl.images.digests import compute_digest, length, read_at
 from tuckctl.images.formats import HEAD, Flaw, recognise
 from tuckctl.images.mounting import mount_image
 from tuckctl.images.store import check_digest
@@ -146,15 +146,15 @@ def _open(path: bytes, store: Store, expected: str | None, progress: Progress | 
             _refuse_digest_of_directory(expected)
             return Image(absolute, "directory", None, kept=False, file=file, size=0)
         found, size = _check(file)
-        if stat.S_ISBLK(kind):
-            digest = store.digest(file, progress=progress) if expected is not None else None
-            if digest is not None:
-                check_digest(digest, expected)
-            return Image(absolute, found, digest, kept=False, file=file, size=size)
-        if in_place:
-            digest = store.digest(file, progress=progress)
-            check_digest(digest, expected)
-            return Image(absolute, found, digest, kept=False, file=file, size=size)
+        if in_place or stat.S_ISBLK(kind):
+            used: str | None = None
+            if expected is not None:
+                # Who asks for a digest trusts nothing: not what was found the last time either.
+                used = compute_digest(file, progress=progress)
+                check_digest(used, expected)
+            elif not stat.S_ISBLK(kind):
+                used = store.digest(file, progress=progress)
+            return Image(absolute, found, used, kept=False, file=file, size=size)
         kept, digest = store.keep(file, progress=progress, sha256=expected, examine=lambda copy: _try(absolute, copy))
     except BaseException:
         file.close()

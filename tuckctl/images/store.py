@@ -97,7 +97,7 @@ class Store:
                     os.fsync(draft.file.fileno())
                     draft.publish(digest.encode())
                     sync_directory(images)
-                    self._cache.remember(kept, Stamp.of(kept), digest, read_at_ns=_FOREVER_NS)
+                    self._cache.remember(kept, Stamp.of(kept), digest, read_at_ns=_FOREVER_NS, own=True)
                 except BaseException:
                     kept.close()
                     raise
@@ -130,17 +130,17 @@ class Store:
         kept.close()
         return None
 
-    def digest(self, file: Fd, *, progress: Progress | None = None) -> str:
+    def digest(self, file: Fd, *, progress: Progress | None = None, own: bool = False) -> str:
         """Return the SHA-256 of an open file or block device, in hex; it is not computed twice for an unchanged file.
 
-        Raises Flaw: `image-changing`, `image-unreadable`.
+        `own` says that it is one of the kept copies. Raises Flaw: `image-changing`, `image-unreadable`.
         """
-        known = self._cache.find(file)
+        known = self._cache.find(file, own=own)
         if known is not None:
             return known
         started, stamp = now_ns(), Stamp.of(file)
         digest = compute_digest(file, progress=progress)
-        self._cache.remember(file, stamp, digest, read_at_ns=started)
+        self._cache.remember(file, stamp, digest, read_at_ns=started, own=own)
         return digest
 
     def _sound(self, sha256: str, size: int, progress: Progress | None) -> Fd | None:
@@ -149,7 +149,7 @@ class Store:
         if kept is None:
             return None
         try:
-            if Stamp.of(kept).size == size and self.digest(kept, progress=progress) == sha256:
+            if Stamp.of(kept).size == size and self.digest(kept, progress=progress, own=True) == sha256:
                 return kept
         except Flaw:
             pass  # It cannot be read any more: it is made anew.

@@ -315,11 +315,15 @@ def unshare(flags: Clone) -> None:
 
 @frozen
 class Namespace:
-    """A mount namespace: its unique id, the inode of its nsfs file, and how many mounts it has."""
+    """A mount namespace: its unique id, the inode of its nsfs file, how many mounts it has.
+
+    `owner` is the inode of the user namespace that owns it, 0 where the caller may not know.
+    """
 
     id: int
     inode: int
     mounts: int
+    owner: int
 
 
 def namespace_id(namespace: Descriptor) -> int:
@@ -333,14 +337,14 @@ def namespace_info(namespace: Descriptor) -> Namespace:
     """Tell of a mount namespace (NS_MNT_GET_INFO, Linux 6.12)."""
     found = ffi.new("struct tuck_namespace *")
     _check(lib.tuck_namespace_info(_number(namespace), found), "ioctl(NS_MNT_GET_INFO)", namespace)
-    return Namespace(found.id, found.inode, found.mounts)
+    return Namespace(found.id, found.inode, found.mounts, found.owner)
 
 
 def _neighbour(value: int, found: object, call: str, namespace: Descriptor) -> tuple[Fd, Namespace] | None:
     if value == -_ENOENT:
         return None
     fd = Fd(_check(value, call, namespace))
-    return fd, Namespace(found.id, found.inode, found.mounts)  # type: ignore[attr-defined]
+    return fd, Namespace(found.id, found.inode, found.mounts, found.owner)  # type: ignore[attr-defined]
 
 
 def namespace_next(namespace: Descriptor) -> tuple[Fd, Namespace] | None:
@@ -410,7 +414,7 @@ def list_namespaces(start: Descriptor) -> list[Namespace]:
         found = ffi.new("struct tuck_namespace[]", room)
         count = _check(lib.tuck_list_namespaces(_number(start), found, room), "ioctl(NS_MNT_GET_NEXT)", start)
         if count <= room:
-            return [Namespace(n.id, n.inode, n.mounts) for n in found[0:count]]
+            return [Namespace(n.id, n.inode, n.mounts, n.owner) for n in found[0:count]]
         room = count + 64
 
 
@@ -427,6 +431,8 @@ class Match:
     peer_group: int
     master: int
     device: tuple[int, int]
+    owner: int
+    """The inode of the user namespace that owns the mount's namespace, 0 where the caller may not know."""
 
 
 def find_mounts(
@@ -436,7 +442,7 @@ def find_mounts(
 
     Returns the matches, and how many namespaces could not be looked into.
     """
-    spaces = ffi.new("struct tuck_namespace[]", [(n.id, n.inode, n.mounts) for n in namespaces])
+    spaces = ffi.new("struct tuck_namespace[]", [(n.id, n.inode, n.mounts, n.owner) for n in namespaces])
     wanted = ffi.new("struct tuck_dev[]", list(devices))
     unseen = ffi.new("size_t *")
     room = 2 * len(namespaces) + 64
@@ -446,6 +452,7 @@ def find_mounts(
         if count <= room:
             break
         room = count + 64
+    owners = {namespace.id: namespace.owner for namespace in namespaces}
     matches = [
         Match(
             m.namespace_id,
@@ -457,6 +464,7 @@ def find_mounts(
             m.peer_group,
             m.master,
             (m.device.major, m.device.minor),
+            owners[m.namespace_id],
         )
         for m in found[0:count]
     ]
