@@ -382,6 +382,22 @@ def test_standard_output_may_be_closed_full_or_a_pipe_that_nobody_reads(disk: by
     on_ground(disk, work)
 
 
+def test_an_answer_that_cannot_be_written_is_a_failure(disk: bytes) -> None:
+    def work(ground: Ground) -> None:
+        target = ground.target
+        assert tuckctl("swap", target, ground.image("x")).code == 0
+        for words in (["status"], ["status", target], ["history", target], ["holders", target]):
+            for form in ([], ["--json"]):
+                with Path("/dev/full").open("wb") as full:
+                    done = tuckctl(*words, *form, stdout=full)
+                assert (done.code, done.err) == (
+                    1,
+                    "tuckctl: the result could not be written: no space left on device\n",
+                )
+
+    on_ground(disk, work)
+
+
 @pytest.mark.parametrize("words", [["--version"], ["--help"], ["-h"], ["swap", "--help"], ["swap", "-h"]])
 def test_help_and_version_are_printed_wherever_they_go(words: list[Word]) -> None:
     done = tuckctl(*words)

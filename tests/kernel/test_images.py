@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import random
 import shutil
@@ -31,7 +32,7 @@ from tuckctl.images import Image, Store, mount_image, open_image, reopen_image
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr
 from tuckctl.kernel.fscontext import new_mount
-from tuckctl.kernel.syscalls import loop_clear, move_mount, umount2
+from tuckctl.kernel.syscalls import loop_clear, move_mount, open_tree, umount2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -682,6 +683,112 @@ def test_a_damaged_entry_of_the_cache_is_ignored(
         entry.write_bytes(damage(entry.read_bytes()))
         with lab.open(path, in_place=True) as image:
             assert image.sha256 == sha256_of(path)
+
+    in_own_namespace(work)
+
+
+@pytest.mark.parametrize("kind", ["squashfs", "erofs"])
+def test_a_file_on_another_disc_that_looks_the_same_has_its_own_digest(
+    disk: bytes, made: dict[str, bytes], kind: str
+) -> None:
+    """Device number, inode number, size and times are those of the disc before."""
+
+    def work() -> None:
+        lab = Lab(disk)
+        os.mkdir(lab.state, 0o700)
+        discs, looks, digests = [], [], []
+        for number in range(2):
+            tree = lab.disk + b"/tree%d" % number
+            os.mkdir(tree)
+            inner = bytearray(bytes_of(made["erofs"]))
+            inner[-1] ^= number
+            Path(os.fsdecode(tree), "image").write_bytes(inner)
+            os.utime(tree + b"/image", (1000, 1000))
+            discs.append(lab.disk + b"/disc%d" % number)
+            if kind == "squashfs":
+                run("mksquashfs", tree, discs[-1], "-quiet", "-no-progress", "-mkfs-time", "1000", "-all-time", "1000")
+            else:
+                run("mkfs.erofs", "--quiet", "-T1000", "-U00000000-0000-0000-0000-000000000001", discs[-1], tree)
+            digests.append(hashlib.sha256(inner).hexdigest())
+        for disc, digest in zip(discs, digests, strict=True):
+            device = run("losetup", "--find", "--show", "--read-only", disc).strip().encode()
+            try:
+                with lab.open(device) as outer, lab.mounted(outer) as at:
+                    found = os.stat(at + b"/image")
+                    looks.append((found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns))
+                    for _ in range(2):
+                        with lab.open(at + b"/image", in_place=True) as image:
+                            assert image.sha256 == digest
+                    with lab.open(at + b"/image") as image:
+                        assert image.sha256 == digest
+                        assert sha256_of(image.file.path()) == digest
+            finally:
+                with Fd(os.open(device, os.O_RDONLY | os.O_CLOEXEC)) as node:
+                    loop_clear(node)
+        assert looks[0] == looks[1]
+
+    in_own_namespace(work)
+
+
+def test_the_digest_of_a_file_on_a_tmpfs_is_not_relied_on(disk: bytes, made: dict[str, bytes]) -> None:
+    """A write through a mapping that was written through before moves no time there."""
+
+    def work() -> None:
+        lab = Lab(disk)
+        os.mkdir(lab.state, 0o700)
+        os.mkdir(lab.disk + b"/memory")
+        mount_tmpfs(lab.disk + b"/memory")
+        path = lab.put(b"memory/image", bytes_of(made["erofs"]))
+        with Fd(os.open(path, os.O_RDWR | os.O_CLOEXEC)) as file, mmap.mmap(file.fileno(), 0) as mapping:
+            mapping[-1] ^= 1
+            before = os.stat(path)
+            time.sleep(SETTLED)
+            digests = []
+            for _ in range(2):
+                with lab.open(path, in_place=True) as image:
+                    assert image.sha256 == sha256_of(path)
+                digests.append(image.sha256)
+                mapping[-1] ^= 1
+            after = os.stat(path)
+            assert (before.st_mtime_ns, before.st_ctime_ns) == (after.st_mtime_ns, after.st_ctime_ns)
+            assert digests[0] != digests[1]
+
+    in_own_namespace(work)
+
+
+@pytest.mark.parametrize("place", ["disk", "tmpfs"])
+def test_the_digest_of_a_kept_copy_is_known_wherever_it_is_kept(
+    disk: bytes, made: dict[str, bytes], place: str
+) -> None:
+    def work() -> None:
+        lab = Lab(disk)
+        if place == "tmpfs":
+            os.mkdir(lab.state)
+            mount_tmpfs(lab.state)
+        lab.open(made["erofs"]).close()
+        # Another mount of the same directory, as another mount namespace has.
+        with open_tree(AT_FDCWD, lab.state, clone=True) as again:
+            move_mount(again, AT_FDCWD, lab.state)
+        told = Told()
+        lab.open(made["erofs"], progress=told).close()
+        assert "digest" not in [what for what, _, _ in told.events]
+        umount2(lab.state)
+
+    in_own_namespace(work)
+
+
+def test_an_expected_digest_is_compared_with_the_content_and_never_with_what_is_remembered(
+    disk: bytes, made: dict[str, bytes]
+) -> None:
+    def work() -> None:
+        lab = Lab(disk)
+        path = lab.put(b"image", bytes_of(made["erofs"]))
+        os.mkdir(lab.state, 0o700)
+        time.sleep(SETTLED)
+        lab.open(path, in_place=True).close()
+        told = Told()
+        lab.open(path, in_place=True, sha256=sha256_of(path), progress=told).close()
+        assert [what for what, _, _ in told.events] == ["digest"]
 
     in_own_namespace(work)
 

@@ -15,11 +15,13 @@ import pytest
 
 import tuckctl
 from tests.kernel.ground import Ground, attempt, copy_folder, on_ground
-from tests.kernel.lab import mount_tmpfs, needs_root, run
+from tests.kernel.lab import in_user_namespace, mount_tmpfs, needs_root, run
 from tests.kernel.scenes import bind, failure, mount_on, read, take_off
+from tuckctl.ancestry import find_weakness
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Umount
 from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import move_mount, umount2
+from tuckctl.places import Places
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -511,6 +513,63 @@ def test_own_directories_that_others_could_write_to_are_refused(disk: bytes, whi
         expect(ground, "state-unsafe")
 
     on_ground(disk, work)
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o1755, 0o1777])
+@pytest.mark.parametrize("which", ["target", "state", "run"])
+def test_a_directory_above_that_belongs_to_another_user_is_refused(disk: bytes, which: str, mode: int) -> None:
+    def work(ground: Ground) -> None:
+        above = ground.disk + b"/above"
+        os.makedirs(above + b"/inner/own", 0o700)
+        os.chown(above, 1000, 0)
+        os.chmod(above, mode)
+        if which == "target":
+            expect(ground, "unsafe-path", target=above + b"/inner/own")
+        else:
+            setattr(ground, which, above + b"/inner/own")
+            ground.use()
+            expect(ground, "state-unsafe")
+        os.chown(above, 0, 1000)
+        assert ground.swap("x", target=above + b"/inner/own" if which == "target" else None).outcome == "swapped"
+
+    on_ground(disk, work)
+
+
+def test_an_unknown_owner_counts_as_root_in_a_user_namespace_alone(disk: bytes) -> None:
+    overflow = int(read(b"/proc/sys/kernel/overflowuid"))
+    os.makedirs(disk + b"/above/inner")
+    os.chown(disk + b"/above", overflow, 0)
+    weakness = find_weakness(disk + b"/above/inner/target")
+    assert weakness is not None
+    assert f"belongs to uid {overflow}" in weakness.what
+    assert in_user_namespace(lambda: find_weakness(disk + b"/above/inner/target")) is None
+
+
+@pytest.mark.parametrize("variable", ["TUCKCTL_STATE_DIR", "TUCKCTL_RUN_DIR"])
+@pytest.mark.parametrize("value", ["state", "./state", "../state", " "])
+def test_a_relative_path_for_an_own_directory_is_usage(disk: bytes, variable: str, value: str) -> None:
+    def work(ground: Ground) -> None:
+        os.chdir(ground.disk)
+        os.environ[variable] = value
+        images = [ground.image("x")]
+        with ground.untouched():
+            error = failure(lambda: tuckctl.swap(ground.target, images))
+        assert (error.code, error.exit_code) == ("state-relative", 2)
+        assert variable in error.message
+        asked = attempt(lambda: tuckctl.history(ground.target))
+        assert asked is not None
+        assert asked.code == "state-relative"
+
+    on_ground(disk, work)
+
+
+def test_an_empty_name_for_an_own_directory_counts_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("TUCKCTL_STATE_DIR", "TUCKCTL_RUN_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    unset = Places.from_environment()
+    for variable in ("TUCKCTL_STATE_DIR", "TUCKCTL_RUN_DIR"):
+        monkeypatch.setenv(variable, "")
+    assert Places.from_environment() == unset
 
 
 @pytest.mark.parametrize("which", ["state", "run"])
