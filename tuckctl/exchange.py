@@ -41,11 +41,8 @@ if TYPE_CHECKING:
 
     from tuckctl.carry import Carriage
     from tuckctl.kernel.syscalls import Mount
-    from tuckctl.results import Holder
     from tuckctl.target import Target
 
-_FIRST_WAIT = 0.001
-_LONGEST_WAIT = 0.05
 _COURTESY = 2.0
 _NAMED = 3
 """How many holders a sentence names."""
@@ -136,13 +133,12 @@ class Exchange:
         if self.can_undo or busy == "lazy":
             return
         self._covered = (self.old.id, *listmount(self.old.id)) if self.old else ()
-        pause = _FIRST_WAIT
-        while find_holders(self.target.path, self._covered, ()):
-            if busy == "fail" or time.monotonic() + pause > deadline:
-                raise _busy_error(self.target, self.holders())
-            stop.heed()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_WAIT)
+        for _ in stop.pauses(deadline):
+            if not find_holders(self.target.path, self._covered, ()):
+                return
+            if busy == "fail":
+                break
+        raise _busy_error(self.target, self._covered)
 
     def tuck(self) -> None:
         """Put new beneath old; on a bare directory or filesystem on top, which shows it at once."""
@@ -199,53 +195,11 @@ class Exchange:
         return found
 
     def reveal(self, busy: str, deadline: float, found: Arrival) -> tuple[int, ...]:
-        """Take old off. Returns the ids of the mounts that were detached while in use.
-
-        A plain unmount is the proof that nobody uses any propagated copy: it takes all of them or
-        none. The kernel refuses it for a mount with submounts, whoever uses it: there, holders are
-        looked for instead. Raises UndoneError when old stays in use under "fail", or under "wait"
-        until the deadline on the monotonic clock.
-        """
+        """Take old off. Returns the ids of the mounts that someone may still use, see _remove."""
         if self.old is None:
             return ()
-        pause = _FIRST_WAIT
-        while True:
-            _refuse_changed(self.target, self.old)
-            off = self._take_off_unused(found)
-            if off is not None:
-                return off
-            if busy == "lazy":
-                self._detach(found)
-                return self._covered
-            if busy == "fail" or time.monotonic() + pause > deadline:
-                raise _busy_error(self.target, self.holders())
-            stop.heed()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_WAIT)
-
-    def _take_off_unused(self, found: Arrival) -> tuple[int, ...] | None:
-        """Take old off if nobody uses it; return the mounts that someone may have come to use all the same."""
-        if len(self.carriage):
-            if find_holders(self.target.path, self._covered, ()):
-                return None
-            self._detach(found)
-            return self._covered
-        try:
-            umount2(self.target.place)
-        except KernelError as error:
-            if error.errno != errno.EBUSY:
-                raise
-            return None
-        return ()
-
-    def holders(self) -> tuple[Holder, ...]:
-        """Return who uses the content that is to be replaced."""
-        devices = (self.old.device,) if self.old else ()
-        return find_holders(self.target.path, self._covered, devices, still_mounted=True)
-
-    def _detach(self, found: Arrival) -> None:
         below = [item.mount for item in self.carriage.carried]
-        _detach(self.target, self.old.id if self.old else 0, below, found.follow)
+        return _remove(self.target, self.old, busy, deadline, below=below, follow=found.follow, ids=self._covered)
 
     def _refuse_to_loosen(self, found: Arrival, new: dict[int, Match], old: Mount) -> None:
         """Refuse to take away a restriction that a namespace has put on its copy: new comes with new's own flags."""
@@ -408,8 +362,8 @@ class Exchange:
         return True
 
 
-def _busy_error(target: Target, holders: Sequence[Holder]) -> UndoneError:
-    users = [holder for holder in holders if holder.kind != "watch"]
+def _busy_error(target: Target, ids: Sequence[int]) -> UndoneError:
+    users = find_holders(target.path, ids, ())
     names = ", ".join(f"{holder.command} (pid {holder.pid})" for holder in users[:_NAMED])
     more = f" and {len(users) - _NAMED} more" if len(users) > _NAMED else ""
     return UndoneError(
@@ -417,6 +371,46 @@ def _busy_error(target: Target, holders: Sequence[Holder]) -> UndoneError:
         f"{show(target.path)} is still used" + (f" by {names}{more}" if names else ""),
         users[0].remedy if users else "look for submounts in other namespaces",
     )
+
+
+def _remove(
+    target: Target,
+    old: Mount,
+    busy: str,
+    deadline: float,
+    *,
+    below: Sequence[Mount],
+    follow: Sequence[Match],
+    ids: tuple[int, ...],
+) -> tuple[int, ...]:
+    """Take old off, with the submounts `below` it; `ids` are its mounts in every namespace that follows.
+
+    A plain unmount is the proof that nobody uses any propagated copy: it takes all of them or none. The
+    kernel refuses it for a mount with submounts, whoever uses it: there, holders are looked for instead.
+
+    Returns the ids of what was detached, which someone may still use, or have come to use at the last
+    moment. Raises UndoneError when old stays in use under "fail", or under "wait" until the deadline on
+    the monotonic clock.
+    """
+    for _ in stop.pauses(deadline):
+        _refuse_changed(target, old)
+        if below:
+            unused = busy == "lazy" or not find_holders(target.path, ids, ())
+        else:
+            try:
+                umount2(target.place)
+            except KernelError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                unused = busy == "lazy"
+            else:
+                return ()
+        if unused:
+            _detach(target, old.id, below, follow)
+            return ids
+        if busy == "fail":
+            break
+    raise _busy_error(target, ids)
 
 
 def _refuse_changed(target: Target, old: Mount) -> None:
@@ -524,31 +518,9 @@ def take_off(
     enter("verify")
     before = copies_of(observe([old.device]), old)
     enter("reveal")
-    replaced: tuple[int, ...] = ()
-    pause = _FIRST_WAIT
     ids = (*(match.mount_id for match in before), *(mount.id for mount in below))
     with _outlasting(target):
-        while True:
-            _refuse_changed(target, old)
-            if below and not find_holders(target.path, ids, ()):
-                _detach(target, old.id, below, before)
-                replaced = ids
-                break
-            try:
-                umount2(target.place)
-                break
-            except KernelError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-            if busy == "lazy":
-                _detach(target, old.id, below, before)
-                replaced = ids
-                break
-            if busy == "fail" or time.monotonic() + pause > deadline:
-                raise _busy_error(target, find_holders(target.path, ids, ()))
-            stop.heed()
-            time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_WAIT)
+        replaced = _remove(target, old, busy, deadline, below=below, follow=before, ids=ids)
         enter("check")
 
         def verify() -> Revealed:

@@ -44,13 +44,7 @@ def _path(holder: RawHolder, target: bytes) -> bytes:
     return target
 
 
-def find(
-    target: bytes,
-    mount_ids: Sequence[int],
-    devices: Sequence[tuple[int, int]],
-    *,
-    still_mounted: bool = False,
-) -> tuple[Holder, ...]:
+def find(target: bytes, mount_ids: Sequence[int], devices: Sequence[tuple[int, int]]) -> tuple[Holder, ...]:
     """Return each use of these mounts by a process, in the order of pids; a file that is open twice counts once.
 
     Watches tell a superblock's device number only. Once nothing holds the mounts any more, their superblocks
@@ -63,7 +57,7 @@ def find(
         raw, _ = find_holders(proc, mount_ids, devices)
     finally:
         os.close(proc)
-    if all(use.kind == Hold.WATCH for use in raw) and not still_mounted:
+    if all(use.kind == Hold.WATCH for use in raw):
         raw = []
     found: dict[tuple[int, str, bytes], Holder] = {}
     for use in sorted(raw, key=lambda use: (use.pid, use.kind, use.number)):

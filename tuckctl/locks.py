@@ -18,7 +18,7 @@ from tuckctl.kernel.syscalls import show
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_FIRST_WAIT = 0.002
+_COURTEOUS_WAIT = 0.002
 _LONGEST_WAIT = 0.1
 
 
@@ -32,17 +32,14 @@ def _try(fd: int, *, shared: bool) -> bool:
 
 def take(fd: int, deadline: float, target: bytes, *, shared: bool = False) -> None:
     """Lock an open file, waiting until the deadline on the monotonic clock; a dead holder's lock is none (flock(2))."""
-    pause = _FIRST_WAIT
-    while not _try(fd, shared=shared):
-        if time.monotonic() + pause > deadline:
-            raise LockedError(
-                "target-locked",
-                f"{show(target)}: another transaction held it until the deadline",
-                "try again later, or give a longer --timeout",
-            )
-        stop.heed()
-        time.sleep(pause)
-        pause = min(2 * pause, _LONGEST_WAIT)
+    for _ in stop.pauses(deadline, longest=_LONGEST_WAIT):
+        if _try(fd, shared=shared):
+            return
+    raise LockedError(
+        "target-locked",
+        f"{show(target)}: another transaction, or whoever else has it locked (flock), held it until the deadline",
+        "try again later, or give a longer --timeout",
+    )
 
 
 def _open(path: bytes) -> Fd:
@@ -72,9 +69,8 @@ def release(fd: int) -> None:
 def courtesy(fd: int, seconds: float) -> Iterator[None]:
     """Hold an open file's lock for the length of a block, or go on without it when it is not to be had in time."""
     deadline = time.monotonic() + seconds
-    pause = _FIRST_WAIT
     while not (held := _try(fd, shared=False)) and time.monotonic() < deadline:
-        time.sleep(pause)
+        time.sleep(_COURTEOUS_WAIT)
     try:
         yield
     finally:

@@ -8,9 +8,12 @@ its waits, as long as there is something to stop: not in an undo, and not once t
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tuckctl.errors import InterruptedError as Interruption
 
 _asked: list[Interruption] = []
@@ -20,6 +23,21 @@ def ask(interruption: Interruption) -> None:
     """Ask the transaction that is under way to stop; the first wish counts."""
     if not _asked:
         _asked.append(interruption)
+
+
+def pauses(deadline: float, *, longest: float = 0.05) -> Iterator[None]:
+    """Yield at once, and again after ever longer pauses (seconds) until a deadline on the monotonic clock.
+
+    A wish to stop is heeded before each pause.
+    """
+    pause = 0.001
+    while True:
+        yield
+        if time.monotonic() + pause > deadline:
+            return
+        heed()
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
 
 
 def heed() -> None:
