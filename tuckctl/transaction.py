@@ -256,6 +256,9 @@ def _open_images(
     for path, digest in zip(paths, digests, strict=True):
         image = open_image(path, store=store, in_place=request.in_place, sha256=digest, progress=request.progress)
         images.append(stack.enter_context(image))
+        if not image.kept:
+            # The name may have led elsewhere when it was opened; a kept copy lies in a place of our own.
+            refuse_inside("image", os.readlink(image.file.path()), scene, bottom)
         if image.format == "directory":
             course.warn(
                 "directory-image",

@@ -15,9 +15,10 @@ import pytest
 
 import tuckctl
 from tests.kernel.ground import Ground, attempt, copy_folder, on_ground
-from tests.kernel.lab import in_user_namespace, mount_tmpfs, needs_root, run
-from tests.kernel.scenes import bind, failure, mount_on, read, take_off
+from tests.kernel.lab import in_own_namespace, in_user_namespace, mount_tmpfs, needs_root, run
+from tests.kernel.scenes import Scene, bind, failure, mount_on, read, take_off
 from tuckctl.ancestry import find_weakness
+from tuckctl.errors import TuckError
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Umount
 from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import move_mount, umount2
@@ -768,3 +769,37 @@ def foreign_overlay(ground: Ground, source: bytes) -> None:
     options += [("lowerdir+", ground.folder(name)) for name in ("a", "b")]
     with new_mount("overlay", options, MountAttr(0)) as mount:
         move_mount(mount, AT_FDCWD, ground.target)
+
+
+def test_an_image_whose_name_is_turned_into_the_target_is_never_mounted(disk: bytes) -> None:
+    def work() -> tuple[set[str], set[bytes]]:
+        with Scene(disk) as scene:
+            scene.swap("a")
+            name, spare = disk + b"/name", disk + b"/spare"
+            places, stop = (scene.image("b"), scene.target + b"/sub"), threading.Event()
+            os.symlink(places[0], name)
+
+            def turn() -> None:
+                while not stop.is_set():
+                    for place in places:
+                        os.symlink(place, spare)
+                        os.rename(spare, name)
+
+            racer = threading.Thread(target=turn)
+            racer.start()
+            ends, seen = set(), set()
+            try:
+                for _ in range(300):
+                    try:
+                        ends.add(tuckctl.swap(scene.target, [name], timeout=5.0).outcome)
+                        seen.add(scene.which())
+                    except TuckError as error:
+                        ends.add(error.code)
+            finally:
+                stop.set()
+                racer.join()
+            return ends, seen
+
+    ends, seen = in_own_namespace(work)
+    assert ends == {"swapped", "image-in-target"}
+    assert seen == {b"b"}
