@@ -74,12 +74,30 @@ struct tuck_match {
     uint64_t propagation;
     uint64_t peer_group;
     uint64_t master;
+    uint64_t owner; /* as of its namespace */
+    uint64_t above; /* the first of the mounts that lie on it or below it and have ids beyond `after`, 0 for none */
     struct tuck_dev device;
 };
 
+/* A mount that point leads to in the namespace `space`, and the detached mount that is to take its place. */
+struct tuck_replacement {
+    int32_t space;
+    int32_t clone;
+    uint64_t mount_id;
+    uint64_t parent_id;
+    struct tuck_dev device; /* the clone's */
+    const char *point;
+    int32_t placed;
+    int32_t error;
+};
+
+/* What a thread holds, or its process, whose number it has then. Where only the device number told of it, mount_id
+ * is 0. */
 struct tuck_holder {
     int32_t pid;
+    int32_t thread;
     int32_t kind;
+    struct tuck_dev device;
     uint64_t mount_id;
     uint64_t number;
     uint64_t end;
@@ -117,6 +135,7 @@ int tuck_move_mount(int from_directory, const char *from_path, int to_directory,
 int tuck_mount_setattr(int directory, const char *path, unsigned int flags, uint64_t set, uint64_t clear,
                        uint64_t propagation, uint64_t user_namespace);
 int tuck_umount2(const char *path, int flags);
+int tuck_pivot_root(const char *new_root, const char *put_old);
 
 /* What is mounted. */
 int tuck_statmount(uint64_t mount_id, uint64_t namespace_id, uint64_t mask, struct tuck_statmount *ret_mount,
@@ -133,6 +152,14 @@ int tuck_namespace_info(int namespace_fd, struct tuck_namespace *ret_namespace);
 int tuck_namespace_next(int namespace_fd, struct tuck_namespace *ret_namespace);
 int tuck_namespace_previous(int namespace_fd, struct tuck_namespace *ret_namespace);
 int tuck_namespace_owner(int namespace_fd);
+/* Opens the next namespace, or the one before, whose id is one of these; they are in ascending order. */
+int tuck_namespace_seek(int namespace_fd, int forwards, const uint64_t *ids, size_t count, uint64_t *ret_id);
+
+/* In each of these namespaces: puts the clone beneath the mount, and unmounts that. It does so only where nothing lies
+ * on the mount, it lies on `parent_id`, and that one has no peers and another device than the clone; else, and where it
+ * fails, `error` says -errno.
+ * `placed` says whether the clone lies there. It leaves the calling thread in one of the namespaces. */
+void tuck_replace(struct tuck_replacement *replacements, size_t count);
 
 /* Loop devices and file clones. */
 int tuck_loop_get_free(int control);
@@ -141,11 +168,17 @@ int tuck_loop_clear(int loop);
 int tuck_loop_status(int loop, struct tuck_loop_status *ret_status);
 int tuck_clone_file(int to, int from);
 
-/* Walks: many looks in one call. A count larger than what was given room for says how much is needed. */
+/* Walks: many looks in one call. A count larger than what was given room for says how much is needed. Mounts are
+ * found whose ids are beyond `after`: ids only grow. */
 int64_t tuck_list_namespaces(int namespace_fd, struct tuck_namespace *ret_namespaces, size_t count);
 int64_t tuck_find_mounts(const struct tuck_namespace *namespaces, size_t namespace_count, uint64_t after,
                          const struct tuck_dev *devices, size_t device_count, struct tuck_match *ret_matches,
                          size_t count, size_t *ret_unseen);
+/* The same in every mount namespace that the caller may see, from its own on. What lies on a mount is looked for where
+ * it is one of the first `covered_count` devices; `known` is what an earlier call found. */
+int64_t tuck_find_everywhere(int namespace_fd, uint64_t after, const struct tuck_dev *devices, size_t device_count,
+                             size_t covered_count, const struct tuck_match *known, size_t known_count,
+                             struct tuck_match *ret_matches, size_t count, size_t *ret_unseen);
 int64_t tuck_find_holders(int proc, const uint64_t *mount_ids, size_t mount_count, const struct tuck_dev *devices,
                           size_t device_count, struct tuck_holder *ret_holders, size_t count, size_t *ret_unseen);
 

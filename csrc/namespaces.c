@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <stdbool.h>
+#include <stdlib.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -35,11 +36,17 @@ static int describe(int fd, const struct mnt_ns_info_ *info, struct tuck_namespa
     return 0;
 }
 
+static int step(int namespace_fd, unsigned long direction, struct mnt_ns_info_ *ret_info) {
+    *ret_info = (struct mnt_ns_info_){.size = sizeof *ret_info};
+    int fd = ioctl(namespace_fd, direction, ret_info);
+    return fd < 0 ? -errno : fd;
+}
+
 static int neighbour(int namespace_fd, unsigned long direction, struct tuck_namespace *ret_namespace) {
-    struct mnt_ns_info_ info = {.size = sizeof info};
-    int fd = ioctl(namespace_fd, direction, &info);
+    struct mnt_ns_info_ info;
+    int fd = step(namespace_fd, direction, &info);
     if (fd < 0)
-        return -errno;
+        return fd;
     int error = describe(fd, &info, ret_namespace);
     if (error < 0) {
         close(fd);
@@ -70,6 +77,28 @@ int tuck_namespace_previous(int namespace_fd, struct tuck_namespace *ret_namespa
 int tuck_namespace_owner(int namespace_fd) {
     int fd = ioctl(namespace_fd, NSFS_GET_USERNS);
     return fd < 0 ? -errno : fd;
+}
+
+static int compare(const void *left, const void *right) {
+    const uint64_t a = *(const uint64_t *)left, b = *(const uint64_t *)right;
+    return a < b ? -1 : a > b;
+}
+
+int tuck_namespace_seek(int namespace_fd, int forwards, const uint64_t *ids, size_t count, uint64_t *ret_id) {
+    int current = namespace_fd;
+    for (;;) {
+        struct mnt_ns_info_ info;
+        int next = step(current, forwards ? NSFS_MNT_GET_NEXT : NSFS_MNT_GET_PREV, &info);
+        if (current != namespace_fd)
+            close(current);
+        if (next < 0)
+            return next;
+        if (count > 0 && bsearch(&info.mnt_ns_id, ids, count, sizeof *ids, compare) != NULL) {
+            *ret_id = info.mnt_ns_id;
+            return next;
+        }
+        current = next;
+    }
 }
 
 static int64_t list_towards(int namespace_fd, unsigned long direction, struct tuck_namespace *ret_namespaces,
@@ -109,11 +138,32 @@ static bool wanted(const struct tuck_statmount *mount, const struct tuck_dev *de
     return false;
 }
 
+/* One look into many namespaces: what is asked, where what is found goes, and how far that got. */
+struct search {
+    uint64_t after;
+    const struct tuck_dev *devices;
+    size_t device_count;
+    size_t covered_count;
+    const struct tuck_match *known;
+    size_t known_count;
+    struct tuck_match *ret_matches;
+    size_t count;
+    size_t *ret_unseen;
+    int64_t found;
+};
+
+static uint64_t lying_on(const struct search *search, uint64_t space, const struct tuck_statmount *mount) {
+    uint64_t above = 0;
+    if (!wanted(mount, search->devices, search->covered_count))
+        return 0;
+    return tuck_listmount(mount->mnt_id, space, search->after, &above, 1) == 1 ? above : 0;
+}
+
 /* Mounts come and go while one looks: one that is gone is none, a namespace that is gone is empty. */
-static int64_t find_in(const struct tuck_namespace *space, uint64_t after, const struct tuck_dev *devices,
-                       size_t device_count, struct tuck_match *ret_matches, size_t count, int64_t found) {
+static int64_t find_in(const struct tuck_namespace *space, const struct search *search) {
     enum { ALL = 512, SB_BASIC = 1, MNT_BASIC = 2 };
-    uint64_t ids[ALL];
+    uint64_t ids[ALL], after = search->after;
+    int64_t found = search->found;
     for (;;) {
         struct tuck_statmount mount;
         int64_t listed = tuck_listmount(UINT64_MAX, space->id, after, ids, ALL);
@@ -128,10 +178,10 @@ static int64_t find_in(const struct tuck_namespace *space, uint64_t after, const
                 continue;
             if (error < 0)
                 return error;
-            if (!wanted(&mount, devices, device_count))
+            if (!wanted(&mount, search->devices, search->device_count))
                 continue;
-            if ((size_t)found < count)
-                ret_matches[found] = (struct tuck_match){
+            if ((size_t)found < search->count)
+                search->ret_matches[found] = (struct tuck_match){
                     .namespace_id = space->id,
                     .namespace_inode = space->inode,
                     .mount_id = mount.mnt_id,
@@ -140,6 +190,8 @@ static int64_t find_in(const struct tuck_namespace *space, uint64_t after, const
                     .propagation = mount.mnt_propagation,
                     .peer_group = mount.mnt_peer_group,
                     .master = mount.mnt_master,
+                    .owner = space->owner,
+                    .above = lying_on(search, space->id, &mount),
                     .device = {mount.sb_dev_major, mount.sb_dev_minor},
                 };
             found++;
@@ -153,14 +205,96 @@ static int64_t find_in(const struct tuck_namespace *space, uint64_t after, const
 int64_t tuck_find_mounts(const struct tuck_namespace *namespaces, size_t namespace_count, uint64_t after,
                          const struct tuck_dev *devices, size_t device_count, struct tuck_match *ret_matches,
                          size_t count, size_t *ret_unseen) {
-    int64_t found = 0;
+    struct search search = {.after = after,
+                            .devices = devices,
+                            .device_count = device_count,
+                            .covered_count = device_count,
+                            .ret_matches = ret_matches,
+                            .count = count};
     *ret_unseen = 0;
     for (size_t i = 0; i < namespace_count; i++) {
-        int64_t now = find_in(&namespaces[i], after, devices, device_count, ret_matches, count, found);
+        int64_t now = find_in(&namespaces[i], &search);
         if (now < 0)
             ++*ret_unseen;
         else
-            found = now;
+            search.found = now;
     }
-    return found;
+    return search.found;
+}
+
+/* What an earlier look told of a namespace stays true. It went the same way: what is sought is near where one was. */
+static bool recall(struct search *search, struct tuck_namespace *space) {
+    enum { NEAR = 64 };
+    for (size_t i = 0; i < NEAR && i < search->known_count; i++)
+        if (search->known[i].namespace_id == space->id) {
+            space->inode = search->known[i].namespace_inode;
+            space->owner = search->known[i].owner;
+            search->known += i;
+            search->known_count -= i;
+            return true;
+        }
+    return false;
+}
+
+/* Most namespaces on a machine have none of the mounts: whose one is, is asked where it has. */
+static int search_in(struct search *search, int namespace_fd, const struct mnt_ns_info_ *info) {
+    struct tuck_namespace space = {.id = info->mnt_ns_id};
+    int64_t now = find_in(&space, search);
+    if (now < 0) {
+        ++*search->ret_unseen;
+        return 0;
+    }
+    if (now > search->found && !recall(search, &space)) {
+        int error = describe(namespace_fd, info, &space);
+        if (error < 0)
+            return error;
+    }
+    for (int64_t i = search->found; i < now && (size_t)i < search->count; i++) {
+        search->ret_matches[i].namespace_inode = space.inode;
+        search->ret_matches[i].owner = space.owner;
+    }
+    search->found = now;
+    return 0;
+}
+
+static int search_towards(struct search *search, int namespace_fd, unsigned long direction) {
+    int current = namespace_fd;
+    for (;;) {
+        struct mnt_ns_info_ info;
+        int next = step(current, direction, &info);
+        if (current != namespace_fd)
+            close(current);
+        if (next < 0)
+            return next == -ENOENT ? 0 : next;
+        int error = search_in(search, next, &info);
+        if (error < 0) {
+            close(next);
+            return error;
+        }
+        current = next;
+    }
+}
+
+int64_t tuck_find_everywhere(int namespace_fd, uint64_t after, const struct tuck_dev *devices, size_t device_count,
+                             size_t covered_count, const struct tuck_match *known, size_t known_count,
+                             struct tuck_match *ret_matches, size_t count, size_t *ret_unseen) {
+    struct mnt_ns_info_ own = {.size = sizeof own};
+    struct search search = {.after = after,
+                            .devices = devices,
+                            .device_count = device_count,
+                            .covered_count = covered_count,
+                            .known = known,
+                            .known_count = known_count,
+                            .ret_matches = ret_matches,
+                            .count = count,
+                            .ret_unseen = ret_unseen};
+    *ret_unseen = 0;
+    if (ioctl(namespace_fd, NSFS_MNT_GET_INFO, &own) < 0)
+        return -errno;
+    int error = search_in(&search, namespace_fd, &own);
+    if (error == 0)
+        error = search_towards(&search, namespace_fd, NSFS_MNT_GET_PREV);
+    if (error == 0)
+        error = search_towards(&search, namespace_fd, NSFS_MNT_GET_NEXT);
+    return error < 0 ? error : search.found;
 }

@@ -124,6 +124,10 @@ int tuck_umount2(const char *path, int flags) {
     return result(umount2(path, flags));
 }
 
+int tuck_pivot_root(const char *new_root, const char *put_old) {
+    return result(syscall(SYS_pivot_root, new_root, put_old));
+}
+
 int tuck_statmount(uint64_t mount_id, uint64_t namespace_id, uint64_t mask, struct tuck_statmount *ret_mount,
                    size_t size) {
     struct mount_request request = {

@@ -33,7 +33,7 @@ def thing(**fields: Schema) -> Schema:
 
 PROBLEM = thing(code={"type": "string", "pattern": "^[a-z0-9]+(-[a-z0-9]+)*$"}, message=TEXT, hint=maybe(TEXT))
 IMAGE = thing(path=TEXT, format=TEXT, sha256=maybe({"type": "string", "pattern": "^[0-9a-f]{64}$"}), kept=FLAG)
-REASONS = ("private", "bind", "own-submount", "covered", "locked", "busy", "unreachable")
+REASONS = ("private", "bind", "own-submount", "own-flags", "covered", "locked", "busy", "unreachable")
 RECEIVER = thing(
     namespace=NUMBER,
     path=TEXT,
@@ -45,13 +45,18 @@ RECEIVER = thing(
     pids=array(NUMBER),
     unit=maybe(TEXT),
     container=maybe(TEXT),
+    flags=array(TEXT),
+    propagation=words("shared", "slave", "shared,slave", "private", "unbindable"),
+    submounts=array(TEXT),
+    covered_by=maybe(TEXT),
+    user_namespace=maybe(NUMBER),
 )
 HOLDER = thing(
     pid=NUMBER,
     command=TEXT,
     unit=maybe(TEXT),
     container=maybe(TEXT),
-    kind=words("fd", "cwd", "root", "exe", "map", "watch"),
+    kind=words("fd", "cwd", "root", "exe", "map", "watch", "mount"),
     path=TEXT,
     remedy=TEXT,
 )
@@ -82,6 +87,7 @@ STATUS = thing(
     receivers=array(RECEIVER),
     unseen=NUMBER,
     base=maybe(TEXT),
+    stack=array(thing(mount_id=NUMBER, generation=maybe(NUMBER), fstype=TEXT, source=TEXT)),
 )
 GENERATION = thing(
     generation=NUMBER,
@@ -91,15 +97,44 @@ GENERATION = thing(
     created={"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"},
     transaction=TEXT,
     outcome=TEXT,
+    who=maybe(thing(uid=NUMBER, user=maybe(TEXT), unit=maybe(TEXT))),
+)
+BOOTED = thing(
+    target=TEXT,
+    state=words("live", "stale", "incomplete", "missing", "unmanaged"),
+    generation=maybe(NUMBER),
+    error=maybe(PROBLEM),
+    wanted=maybe(NUMBER),
+)
+FINDING = thing(
+    code={"type": "string", "pattern": "^[a-z0-9]+(-[a-z0-9]+)*$"},
+    severity=words("blocker", "hazard", "note"),
+    message=TEXT,
+    remedy=maybe(TEXT),
+    namespace=maybe(NUMBER),
+    pids=array(NUMBER),
+    unit=maybe(TEXT),
+    container=maybe(TEXT),
 )
 MEASURED = thing(**dict.fromkeys(("swaps", "reads", "old", "new", "base", "errors", "longest_absence_us"), NUMBER))
 FIELDS: dict[str, dict[str, Schema]] = {
     "swap": TRANSACTION,
     "rollback": TRANSACTION,
     "detach": TRANSACTION,
+    "recover": TRANSACTION,
     "status": {"targets": array(STATUS)},
     "history": {"target": TEXT, "generations": array(GENERATION)},
     "holders": {"target": TEXT, "holders": array(HOLDER)},
+    "boot": {"targets": array(BOOTED)},
+    "gc": {"removed": array(thing(kind=words("generation", "image", "leftover"), path=TEXT, bytes=NUMBER))},
+    "doctor": {
+        "kernel": {
+            "type": "object",
+            "additionalProperties": thing(present=FLAG, needed=FLAG, since=TEXT, why_not=maybe(TEXT)),
+        },
+        "path": maybe(TEXT),
+        "findings": array(FINDING),
+    },
     "demo": {"tuck": MEASURED, "naive": MEASURED, "namespaces": NUMBER, "seconds": {"type": "number"}},
 }
 

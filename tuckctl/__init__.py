@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from tuckctl.commands import detach, history, holders, rollback, status, swap
+    from tuckctl.commands import boot, detach, doctor, gc, history, holders, recover, rollback, status, swap
     from tuckctl.demonstration import DemoResult, Measured, demo
     from tuckctl.errors import (
         FailedError,
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
         UsageError,
     )
     from tuckctl.results import (
+        Boot,
+        BootedTarget,
+        Caller,
+        Collected,
+        Doctor,
+        Feature,
+        Finding,
         GenerationInfo,
         History,
         Holder,
@@ -31,6 +38,7 @@ if TYPE_CHECKING:
         ImageInfo,
         Problem,
         Receiver,
+        Removed,
         Status,
         TargetResult,
         TargetStatus,
@@ -38,8 +46,15 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Boot",
+    "BootedTarget",
+    "Caller",
+    "Collected",
     "DemoResult",
+    "Doctor",
     "FailedError",
+    "Feature",
+    "Finding",
     "GenerationInfo",
     "History",
     "Holder",
@@ -54,6 +69,7 @@ __all__ = [
     "Problem",
     "Receiver",
     "RefusedError",
+    "Removed",
     "Status",
     "TargetResult",
     "TargetStatus",
@@ -62,16 +78,20 @@ __all__ = [
     "UndoneError",
     "UnsupportedError",
     "UsageError",
+    "boot",
     "demo",
     "detach",
+    "doctor",
+    "gc",
     "history",
     "holders",
+    "recover",
     "rollback",
     "status",
     "swap",
 ]
 
-_COMMANDS = ("detach", "history", "holders", "rollback", "status", "swap")
+_COMMANDS = ("boot", "detach", "doctor", "gc", "history", "holders", "recover", "rollback", "status", "swap")
 _DEMONSTRATION = ("DemoResult", "Measured", "demo")
 
 

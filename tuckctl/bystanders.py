@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError
+from tuckctl.receivers import observe
+from tuckctl.spaces import relative
 from tuckctl.target import children, look
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from tuckctl.kernel.syscalls import Match, Mount
+    from tuckctl.selection import Selection
+    from tuckctl.target import Target
 
 
 def lost(match: Match, names: Iterable[bytes]) -> set[bytes]:
@@ -39,6 +44,36 @@ def lost(match: Match, names: Iterable[bytes]) -> set[bytes]:
     going = on_old & wanted
     left = going if on_old - wanted else going - on_new
     return {top.point + b"/" + name for name in left}
+
+
+def around_of(target: Target, excepted: Selection) -> list[Match]:
+    """Return the mounts around the target, in excepted namespaces, that get what is mounted here."""
+    if not excepted or not target.below.peer_group:
+        return []
+    found = observe([target.below.device]).matches
+    return [match for match in found if excepted(match) and (match.peer_group or match.master)]
+
+
+def strangers(target: Target, old: Mount) -> list[Match]:
+    """Return the mounts around the target, in other namespaces, on which something else lies in old's place.
+
+    An unmount of old goes by position: it would take that.
+    """
+    around = target.below
+    if not around.peer_group:
+        return []
+    place = relative(target.path, around.point)
+    found = []
+    for match in observe((), covered=[around.device]).matches:
+        if match.mount_id == around.id or not match.above or not (match.peer_group or match.master):
+            continue
+        with contextlib.suppress(KernelError):
+            copy = look(match.mount_id, match.namespace_id)
+            at = copy.point.rstrip(b"/") + b"/" + place if place else copy.point
+            there = [child for child in children(copy.id, match.namespace_id) if child.parent_id == copy.id]
+            if any(child.point == at and child.device != old.device for child in there):
+                found.append(match)
+    return found
 
 
 def cover(match: Match) -> Mount | None:

@@ -2,9 +2,9 @@
 """The submounts of a target, carried from the old content to the new.
 
 Each is cloned: the same superblock, so that its files stay open, with its flags and its peer group.
-A tuck beneath a shared parent makes every mount of the tucked tree shared and copies it to every
-receiver. So only submounts that are shared travel in the tree; the others are attached afterwards,
-while new has left its peer group for the moment: no one can see it yet.
+What is attached to new after the tuck comes to every receiver that has new beneath old. So the shared
+submounts are attached then, when those have been set aside that are not to have them; the others while
+new has left its peer group for the moment. No one can see it yet.
 
 A shared submount that has others on it is in one peer group with its clone, and with whatever else is
 mounted from the same place: what is unmounted on the one goes from all of them. So where old is going to
@@ -14,14 +14,15 @@ go (tuckctl.loosening).
 
 from __future__ import annotations
 
+import errno
 import os
-import stat
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError, RefusedError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import Propagation, Resolve
 from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount, move_mount_set_group, open_tree, openat2, show
+from tuckctl.spaces import is_folder, walk
 from tuckctl.target import look, submounts
 
 if TYPE_CHECKING:
@@ -86,14 +87,14 @@ class Carriage:
         where = show(item.mount.point)
         try:
             with openat2(self._onto(item, new), item.place, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as place:
-                there = stat.S_ISDIR(os.fstat(place.fileno()).st_mode)
+                there = is_folder(place)
         except KernelError as error:
             raise RefusedError(
                 "submount-has-no-place",
                 f"{where} is mounted in the target, and the new content has no such path",
                 f"unmount {where}, or add the path to the image",
             ) from error
-        if there != stat.S_ISDIR(os.fstat(item.clone.fileno()).st_mode):
+        if there != is_folder(item.clone):
             raise RefusedError(
                 "submount-has-no-place",
                 f"{where} is mounted in the target, and in the new content that path is "
@@ -106,8 +107,26 @@ class Carriage:
         """Whether one of them must not come to other namespaces."""
         return not all(item.shared or item.onto_alone for item in self.carried)
 
+    def _waits(self, item: Carried, *, parent_shared: bool) -> bool:
+        """Whether a submount is attached to new once that is tucked."""
+        return parent_shared and item.parent is None and item.shared
+
+    def common(self, *, parent_shared: bool) -> frozenset[tuple[bytes, tuple[int, int], bytes]]:
+        """Return the submounts that every receiver has of old: where, of what superblock, which part of it."""
+        here = [item.mount for item in self.carried if parent_shared and item.shared and not item.onto_alone]
+        return frozenset((mount.point[len(self.target.path) + 1 :], mount.device, mount.root) for mount in here)
+
+    def shared(self, *, parent_shared: bool) -> list[tuple[bytes, Fd]]:
+        """Return the clones of shared submounts, with what lies on them, and their places in new."""
+        return [(item.place, item.clone) for item in self.carried if self._waits(item, parent_shared=parent_shared)]
+
+    def attach_shared(self, new: Fd, *, parent_shared: bool) -> None:
+        """Attach to the tucked new, in every namespace that has it, the submounts that are shared."""
+        for place, clone in self.shared(parent_shared=parent_shared):
+            move_mount(clone, new, place)
+
     def attach(self, new: Fd, *, parent_shared: bool, on_top: bool) -> None:
-        """Attach to the detached new what may travel with it; refuse what has no place there.
+        """Attach to the detached new what may come with it; refuse what has no place there.
 
         What comes to lie on top, with nothing to be unmounted, may keep its groups.
         """
@@ -116,6 +135,8 @@ class Carriage:
         # Children first: only the root of a detached tree can still be changed (mount_setattr(2)).
         for item in reversed(self.carried):
             if not (item.shared or item.onto_alone or not parent_shared):
+                continue
+            if self._waits(item, parent_shared=parent_shared) and not on_top:
                 continue
             onto = self._onto(item, new)
             if item.parent is None or item.onto_alone:
@@ -159,14 +180,17 @@ def _clone(target: Target, mount: Mount) -> Fd:
             "submount-is-autofs", mount, "is a trigger: a copy of it would never expire", "stop the automounter"
         )
     try:
-        with openat2(target.parent, target.name + b"/" + relative, os.O_PATH, Resolve.NO_SYMLINKS) as seen:
+        with walk(target.parent, target.name + b"/" + relative, mount.id) as seen:
             if mount_id(seen) != mount.id:
                 raise _refuse(
                     "submount-covered", mount, "is covered by another mount", "unmount what covers it, or both"
                 )
             return open_tree(seen, clone=True)
     except KernelError as error:
-        raise _refuse("submount-cannot-be-copied", mount, f"cannot be copied: {error}", "unmount it first") from error
+        why = f"cannot be copied: {error}"
+        if error.errno == errno.EAGAIN:
+            why = "cannot be reached without asking the server of a filesystem on the way, which may not answer"
+        raise _refuse("submount-cannot-be-copied", mount, why, "unmount it first") from error
 
 
 def gather(target: Target) -> Carriage:

@@ -17,10 +17,11 @@ from tuckctl.errors import UsageError
 
 if TYPE_CHECKING:
     from tuckctl.images import Progress
-    from tuckctl.results import History, Holders, Status, TransactionResult
+    from tuckctl.results import Boot, Collected, Doctor, History, Holders, Status, TransactionResult
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Busy = Literal["lazy", "wait", "fail"]
+Receivers = Literal["converge", "require", "report"]
 
 
 def swap(
@@ -35,6 +36,10 @@ def swap(
     adopt: bool = False,
     sha256: Sequence[str] = (),
     keep: int = 5,
+    receivers: Receivers = "converge",
+    except_: Sequence[str] = (),
+    namespace: StrPath | int | None = None,
+    recover: bool = False,
     progress: Progress | None = None,
 ) -> TransactionResult:
     """Replace a target's content by images over base, with no moment in which anything else is seen.
@@ -52,6 +57,13 @@ def swap(
         adopt: take over an overlay that tuckctl did not make.
         sha256: the digests that the images must have, in their order.
         keep: how many generations are kept afterwards, besides those in use.
+        receivers: what to do about one that propagation does not bring along: enter its namespace
+            and bring it; undo everything, before the reveal; leave it and say so.
+        except_: units, containers, pids, or mount namespaces (an inode, or a path to an nsfs file)
+            that are to stay as they are.
+        namespace: act in the mount namespace of this pid, or of this nsfs file: every path, but
+            the working directory, is taken there.
+        recover: put an interrupted transaction on the target in order first.
         progress: is told (what, bytes done, bytes in all) of long work.
 
     Raises:
@@ -61,6 +73,7 @@ def swap(
     """
     from tuckctl import transaction  # noqa: PLC0415 - as above
     from tuckctl.course import begin  # noqa: PLC0415
+    from tuckctl.request import Request  # noqa: PLC0415
 
     with begin("swap", b""):
         if isinstance(target, Mapping):
@@ -71,7 +84,7 @@ def swap(
             raise UsageError("no-image", "no image is named", "name at least one image")
         if isinstance(images, str | bytes):
             raise UsageError("no-image", "images is a sequence of paths, not one path", "write [path]")
-    request = transaction.Request(
+    request = Request(
         images=tuple(os.fsencode(image) for image in images),
         busy=busy,
         timeout=timeout,
@@ -81,9 +94,12 @@ def swap(
         adopt=adopt,
         sha256=tuple(sha256),
         keep=keep,
+        receivers=receivers,
+        excepted=tuple(except_),
+        recover=recover,
         progress=progress,
     )
-    return transaction.swap(os.fsencode(target), request)
+    return transaction.swap(os.fsencode(target), request, namespace=_space(namespace))
 
 
 def rollback(
@@ -92,20 +108,101 @@ def rollback(
     to: int | None = None,
     busy: Busy = "lazy",
     timeout: float = 30.0,
+    receivers: Receivers = "converge",
+    except_: Sequence[str] = (),
+    namespace: StrPath | int | None = None,
+    recover: bool = False,
     progress: Progress | None = None,
 ) -> TransactionResult:
     """Bring back the generation that was live before, or generation `to`, in the same way as a swap."""
     from tuckctl import transaction  # noqa: PLC0415 - as above
+    from tuckctl.request import Request  # noqa: PLC0415
 
-    request = transaction.Request(to=to, busy=busy, timeout=timeout, progress=progress)
-    return transaction.rollback(os.fsencode(target), request)
+    request = Request(
+        to=to,
+        busy=busy,
+        timeout=timeout,
+        receivers=receivers,
+        excepted=tuple(except_),
+        recover=recover,
+        progress=progress,
+    )
+    return transaction.rollback(os.fsencode(target), request, namespace=_space(namespace))
 
 
-def detach(target: StrPath, *, busy: Busy = "lazy", timeout: float = 30.0, adopt: bool = False) -> TransactionResult:
+def detach(
+    target: StrPath,
+    *,
+    busy: Busy = "lazy",
+    timeout: float = 30.0,
+    adopt: bool = False,
+    receivers: Receivers = "converge",
+    except_: Sequence[str] = (),
+    namespace: StrPath | int | None = None,
+    recover: bool = False,
+) -> TransactionResult:
     """Take the overlay off a target, back to base."""
     from tuckctl import transaction  # noqa: PLC0415 - as above
+    from tuckctl.request import Request  # noqa: PLC0415
 
-    return transaction.detach(os.fsencode(target), transaction.Request(busy=busy, timeout=timeout, adopt=adopt))
+    request = Request(
+        busy=busy, timeout=timeout, adopt=adopt, receivers=receivers, excepted=tuple(except_), recover=recover
+    )
+    return transaction.detach(os.fsencode(target), request, namespace=_space(namespace))
+
+
+def recover(
+    target: StrPath | None = None,
+    *,
+    undo: bool = False,
+    busy: Busy = "lazy",
+    timeout: float = 30.0,
+    receivers: Receivers = "converge",
+    except_: Sequence[str] = (),
+    namespace: StrPath | int | None = None,
+) -> TransactionResult:
+    """Finish what was interrupted on a target where everything had arrived, otherwise undo it.
+
+    With `undo`, it is undone in any case: where it is finished already, by going back to the generation before.
+    """
+    from tuckctl import transaction  # noqa: PLC0415 - as above
+    from tuckctl.request import Request  # noqa: PLC0415
+
+    request = Request(busy=busy, timeout=timeout, receivers=receivers, excepted=tuple(except_))
+    return transaction.recover(
+        None if target is None else os.fsencode(target), request, undo=undo, namespace=_space(namespace)
+    )
+
+
+def boot() -> Boot:
+    """Mount every target's current generation, as after a reboot; a target that is live is left alone.
+
+    Where a generation cannot be mounted, the one before it is, and a warning says so.
+
+    Raises:
+        PartialError: some targets failed; its `result` tells of each. The others are live.
+
+    """
+    from tuckctl import booting  # noqa: PLC0415 - as above
+
+    return booting.boot()
+
+
+def gc(*, keep: int = 5) -> Collected:
+    """Drop what nothing needs: generations beyond `keep` of each target, kept images, leftovers of killed writers."""
+    from tuckctl import collection  # noqa: PLC0415 - as above
+
+    return collection.gc(keep)
+
+
+def namespace_file(namespace: StrPath | int) -> bytes:
+    """Return the path of the nsfs file that is meant: a number is a pid."""
+    name = b"%d" % namespace if isinstance(namespace, int) else os.fsencode(namespace)
+    return b"/proc/%s/ns/mnt" % name if name.isdigit() else name
+
+
+def _space(namespace: StrPath | int | None) -> bytes | None:
+    return None if namespace is None else namespace_file(namespace)
 
 
 def status(target: StrPath | None = None) -> Status:
@@ -123,7 +220,20 @@ def history(target: StrPath) -> History:
 
 
 def holders(target: StrPath) -> Holders:
-    """Return who still uses an overlay that was replaced on this target."""
+    """Return who still uses an overlay that was replaced on this target.
+
+    Of a directory that is no target: who keeps something mounted at or below it in use, in whatever namespace.
+    """
     from tuckctl import reports  # noqa: PLC0415 - as above
 
     return reports.holders(os.fsencode(target))
+
+
+def doctor(path: StrPath | None = None) -> Doctor:
+    """Return what this kernel can do and, for a path, what stands in the way of a swap there. Changes nothing.
+
+    Its `exit_code` is 0 when a swap would go through, 3 when not.
+    """
+    from tuckctl import diagnosis  # noqa: PLC0415 - as above
+
+    return diagnosis.doctor(None if path is None else os.fsencode(path))

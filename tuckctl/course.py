@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-_LATE = ("check", "record")
+_LATE = ("check", "converge", "record")
 _TOO_MANY = ("too-many-open-files", "raise the limit of open files (ulimit -n), or close some")
 _SYSTEM_ERRORS = {errno.EMFILE: _TOO_MANY, errno.ENFILE: _TOO_MANY}
 
@@ -76,7 +76,7 @@ class Course:
             error = system_error(self.target, error)
         elif not self.is_late:
             error = _cause(error)
-        if self.is_late and error.outcome == "failed":
+        if self.is_late and error.outcome in ("failed", "refused"):
             message = f"the new content is live, but then something failed: {error.message}"
             return PartialError(error.code, message, error.hint or f"tuckctl status {show(self.target)}")
         return error

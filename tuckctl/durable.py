@@ -54,9 +54,14 @@ def prepare_directory(path: bytes) -> None:
     """Make one of the tool's own directories, 0700, or refuse one that others could write to."""
     try:
         _make_directories(path)
-        found = os.stat(path, follow_symlinks=False)
+        check_directory(path)
     except OSError as error:
         raise state_error(path, error) from error
+
+
+def check_directory(path: bytes) -> None:
+    """Refuse one of the tool's own directories that others could write to. Raises OSError, RefusedError."""
+    found = os.stat(path, follow_symlinks=False)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
         raise RefusedError(
             "state-unsafe",

@@ -16,6 +16,7 @@ from tuckctl.durable import Draft, prepare_directory, state_error
 from tuckctl.errors import RefusedError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.syscalls import show
+from tuckctl.results import Caller
 
 _T = TypeVar("_T")
 
@@ -26,6 +27,7 @@ _LEFTOVER = re.compile(rb"\.[a-z0-9]+\.json\.new")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OPTION = re.compile(r"[a-z]+")
 _MOST_NUMBER = 2**64 - 1
+_SEEN = ("swapped", "adopted")
 FORMAT = 1
 
 
@@ -56,6 +58,7 @@ class Generation:
     transaction: str
     outcome: str
     adopted: bool = False
+    who: Caller | None = None
 
 
 @frozen
@@ -92,6 +95,14 @@ def key_of(target: bytes) -> str:
 
         key = f"{key[:_MOST_KEY]}~{hashlib.sha256(target).hexdigest()[:16]}"
     return key
+
+
+def target_of(key: str) -> bytes | None:
+    """Return the target whose folder has this name; None where the name does not tell, as that of a long one."""
+    name = b"/" + re.sub(
+        rb"%([0-9a-f]{2})", lambda match: bytes.fromhex(match[1].decode()), os.fsencode(key).replace(b"-", b"/")
+    )
+    return name if key_of(name) == key else None
 
 
 def _plain(value: Any) -> Any:
@@ -167,6 +178,14 @@ def _image(found: dict[str, Any]) -> ImageRecord:
     return image
 
 
+def _caller(found: dict[str, Any]) -> Caller | None:
+    if found.get("who") is None:
+        return None
+    who = _typed(found, "who", dict)
+    user, unit = (None if who[name] is None else _typed(who, name, str) for name in ("user", "unit"))
+    return Caller(_count(who, "uid", least=0), user, unit)
+
+
 class Records:
     """The generations of one target, in STATE/targets/KEY."""
 
@@ -235,6 +254,7 @@ class Records:
                 _typed(found, "transaction", str),
                 _typed(found, "outcome", str),
                 adopted=_typed(found, "adopted", bool),
+                who=_caller(found),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(f"{number}.json", error) from error
@@ -282,22 +302,34 @@ class Records:
         with self.draft(generation) as draft:
             draft.publish()
 
+    def was_seen(self, number: int) -> bool:
+        """Whether a generation was ever live. Raises RefusedError where its record is damaged."""
+        generation = self.get(number)
+        return generation is not None and generation.outcome in _SEEN
+
     def name(self) -> bytes | None:
         """Return the target's name as its newest generation tells it, or None when none is on record."""
         numbers = self.numbers()
         newest = self.get(numbers[-1]) if numbers else None
         return newest.target if newest is not None else None
 
+    def leftovers(self) -> list[bytes]:
+        """Return what a killed writer left; the target's lock is held, and no draft of ours is open."""
+        return [os.path.join(self.directory, name) for name in os.listdir(self.directory) if _LEFTOVER.fullmatch(name)]
+
     def remove_leftovers(self) -> None:
         """Drop what a killed writer left; the target's lock is held, and no draft of ours is open."""
-        for name in os.listdir(self.directory):
-            if _LEFTOVER.fullmatch(name):
-                os.unlink(os.path.join(self.directory, name))
+        for path in self.leftovers():
+            os.unlink(path)
+
+    def path(self, number: int) -> bytes:
+        """Return the path of a generation's record."""
+        return os.path.join(self.directory, b"%d.json" % number)
 
     def remove(self, number: int) -> None:
         """Drop a generation's record."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.directory, b"%d.json" % number))
+            os.unlink(self.path(number))
 
 
 def all_records(state: bytes) -> list[Records]:

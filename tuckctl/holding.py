@@ -6,82 +6,180 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from typing import TYPE_CHECKING
 
 from tuckctl.durable import write_file
+from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import Hold
-from tuckctl.kernel.syscalls import find_holders
-from tuckctl.processes import command_of, owner_of, remedy
-from tuckctl.results import Holder
-from tuckctl.target import Content
+from tuckctl.kernel.syscalls import find_holders, show
+from tuckctl.processes import FIRST_PROCESSES, FIRST_USERS, command_of, owner_of, remedy
+from tuckctl.results import Holder, Problem
+from tuckctl.target import Content, children, look
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from tuckctl.kernel.syscalls import RawHolder
+    from tuckctl.kernel.syscalls import Match, RawHolder
+    from tuckctl.processes import Owner
 
 _FILE = "replaced.json"
+# From linux/capability.h and proc_pid(5).
+_CAP_SYS_PTRACE = 19
+_HIDES = re.compile(rb"[ ,]hidepid=(?:2|4|invisible|ptraceable)\b")
 _LINKS = {Hold.FD: "fd/%d", Hold.WATCH: "fd/%d", Hold.CWD: "cwd", Hold.ROOT: "root", Hold.EXE: "exe"}
 
 
 def _link(holder: RawHolder) -> bytes:
     if holder.kind == Hold.MAP:
-        return b"/proc/%d/map_files/%x-%x" % (holder.pid, holder.number, holder.end)
+        return b"/proc/%d/map_files/%x-%x" % (holder.thread, holder.number, holder.end)
     name = _LINKS[Hold(holder.kind)]
-    return f"/proc/{holder.pid}/{name % holder.number if '%' in name else name}".encode()
+    return f"/proc/{holder.thread}/{name % holder.number if '%' in name else name}".encode()
 
 
-def _path(holder: RawHolder, target: bytes) -> bytes:
+def _path(holder: RawHolder, target: bytes, place: Seat | None) -> bytes:
     """Return where in the target it is; the link of a detached mount's file reads relative to that mount."""
     if holder.kind == Hold.WATCH:
         return target
+    seen = b""
     with contextlib.suppress(OSError):
         seen = os.readlink(_link(holder)).removesuffix(b" (deleted)")
-        if seen == target or seen.startswith(target + b"/"):
-            return seen
-        return target + (seen if seen.startswith(b"/") else b"/" + seen).rstrip(b"/")
-    return target
+    if seen == target or seen.startswith(target + b"/"):
+        return seen
+    if place is not None:
+        if (seen + b"/").startswith(place.point + b"/"):
+            seen = seen[len(place.point) :]
+        target = b"/".join(part for part in (target, place.part) if part)
+    return target + (seen if seen.startswith(b"/") else b"/" + seen).rstrip(b"/")
 
 
-def find(target: bytes, mount_ids: Sequence[int], devices: Sequence[tuple[int, int]]) -> tuple[Holder, ...]:
-    """Return each use of these mounts by a process, in the order of pids; a file that is open twice counts once.
+@frozen
+class Seat:
+    """Where a mount is seen in its namespace, and what part of the target it shows."""
+
+    point: bytes
+    part: bytes
+
+
+def places_of(matches: Iterable[Match], contents: Iterable[Content]) -> dict[int, Seat]:
+    """Tell of mounts that show some of these contents, and of what is mounted on them, where and what that is."""
+    roots = [(content.device, content.root.rstrip(b"/") + b"/") for content in contents]
+    found = {}
+    for match in matches:
+        with contextlib.suppress(KernelError):
+            mount = look(match.mount_id, match.namespace_id)
+            fits = [root for device, root in roots if device == mount.device and (mount.root + b"/").startswith(root)]
+            part = mount.root[len(max(fits, key=len, default=b"")) :].strip(b"/")
+            found[mount.id] = Seat(mount.point, part)
+            for child in children(mount.id, match.namespace_id):
+                below = child.point[len(mount.point) :].strip(b"/")
+                found[child.id] = Seat(child.point, b"/".join(name for name in (part, below) if name))
+    return found
+
+
+@frozen
+class Found:
+    """Who uses some mounts, and how many processes may do so without being seen, and why."""
+
+    holders: tuple[Holder, ...]
+    unseen: int = 0
+    hidden: str | None = None
+
+    def problem(self, target: bytes) -> Problem | None:
+        """Return the warning that is due where someone may have been missed."""
+        if not self.unseen and self.hidden is None:
+            return None
+        some = "1 process" if self.unseen == 1 else f"{self.unseen} processes"
+        told = ([f"{some} could not be looked into"] if self.unseen else []) + ([self.hidden] if self.hidden else [])
+        return Problem(
+            "processes-unseen",
+            f"{show(target)}: {', and '.join(told)}: there may be holders that are not named",
+            "run it as root on the host, with all capabilities",
+        )
+
+
+def search(
+    target: bytes,
+    mount_ids: Collection[int],
+    devices: Sequence[tuple[int, int]],
+    *,
+    places: Mapping[int, Seat] | None = None,
+    alive: Collection[tuple[int, int]] = (),
+) -> Found:
+    """Find each use of these mounts by a process, in the order of pids; a file that is open twice counts once.
 
     Watches tell a superblock's device number only. Once nothing holds the mounts any more, their superblocks
-    are gone and the numbers may be another's: then watches are none of theirs.
+    are gone and the numbers may be another's: then watches are none of theirs, unless the superblock is known
+    to be `alive`. `places` tells of mounts that are seen elsewhere, or only show a part of the target.
     """
     if not mount_ids and not devices:
-        return ()
+        return Found(())
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        raw, _ = find_holders(proc, mount_ids, devices)
+        raw, unseen = find_holders(proc, tuple(mount_ids), devices)
     finally:
         os.close(proc)
-    if all(use.kind == Hold.WATCH for use in raw):
-        raw = []
+    if all(use.mount_id == 0 for use in raw):
+        raw = [use for use in raw if use.device in alive]
     found: dict[tuple[int, str, bytes], Holder] = {}
+    processes: dict[int, tuple[str, Owner]] = {}
     for use in sorted(raw, key=lambda use: (use.pid, use.kind, use.number)):
         kind = Hold(use.kind).name.lower()
-        path = _path(use, target)
+        path = _path(use, target, (places or {}).get(use.mount_id))
         if (use.pid, kind, path) in found:
             continue
-        owner = owner_of(use.pid)
+        if use.pid not in processes:
+            processes[use.pid] = command_of(use.pid), owner_of(use.pid)
+        command, owner = processes[use.pid]
         found[use.pid, kind, path] = Holder(
-            use.pid, command_of(use.pid), owner.unit, owner.container, kind, path, remedy(use.pid, owner)
+            use.pid, command, owner.unit, owner.container, kind, path, remedy(use.pid, owner)
         )
-    return tuple(found.values())
+    return Found(tuple(found.values()), unseen, _what_is_hidden())
+
+
+def find(target: bytes, mount_ids: Collection[int], devices: Sequence[tuple[int, int]]) -> tuple[Holder, ...]:
+    """Return each use of these mounts by a process that can be seen."""
+    return search(target, mount_ids, devices).holders
+
+
+def _what_is_hidden() -> str | None:
+    """Say why there may be processes that use the same mounts, and that /proc does not show at all.
+
+    A user namespace's mounts come to no one outside of it. But root in a process namespace of its own may work
+    on mounts that others see.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        first_users = os.stat("/proc/thread-self/ns/user").st_ino == FIRST_USERS
+        if first_users and os.stat("/proc/thread-self/ns/pid").st_ino != FIRST_PROCESSES:
+            return "those of other process namespaces are not to be seen"
+        with open("/proc/thread-self/status", "rb") as file:
+            capabilities = next(int(line[7:], 16) for line in file if line.startswith(b"CapEff:"))
+        if first_users and capabilities >> _CAP_SYS_PTRACE & 1:
+            return None
+        with open("/proc/thread-self/mountinfo", "rb") as file:
+            options = [line for line in file if line.split(b" ")[4] == b"/proc"]
+        if options and _HIDES.search(options[-1]):
+            return "/proc hides those of others (hidepid)"
+    return None
 
 
 @frozen
 class Replaced:
     """Mounts that were taken off a target while something still used them, and their superblocks.
 
-    `left` is earlier content that some receiver was left on.
+    `left` is earlier content that some receiver was left on. `places` tells of mounts which part of the target
+    they showed, and where, if that is not the target as a whole. `excluded` are the ids of the mount namespaces that
+    were to stay as they are.
     """
 
     mount_ids: tuple[int, ...] = ()
     devices: tuple[tuple[int, int], ...] = ()
     left: tuple[Content, ...] = ()
+    places: tuple[tuple[int, Seat], ...] = ()
+    excluded: tuple[int, ...] = ()
+    slaves: tuple[int, ...] = ()
+    """The ids of those among the mounts left on it that were slaves of it: they are private once it is gone."""
 
 
 def read_replaced(directory: bytes) -> Replaced:
@@ -96,6 +194,12 @@ def read_replaced(directory: bytes) -> Replaced:
                 Content((int(major), int(minor)), os.fsencode(root), os.fsencode(source))
                 for major, minor, root, source in found["left"]
             ),
+            tuple(
+                (int(identity), Seat(os.fsencode(point), os.fsencode(part)))
+                for identity, point, part in found.get("places", ())
+            ),
+            tuple(int(identity) for identity in found["excluded"]),
+            tuple(int(identity) for identity in found.get("slaves", ())),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return Replaced()
@@ -104,5 +208,13 @@ def read_replaced(directory: bytes) -> Replaced:
 def write_replaced(directory: bytes, replaced: Replaced) -> None:
     """Remember what was replaced while in use, until the next boot."""
     left = [(*content.device, os.fsdecode(content.root), os.fsdecode(content.source)) for content in replaced.left]
-    document = {"mount_ids": replaced.mount_ids, "devices": replaced.devices, "left": left}
+    places = [(identity, os.fsdecode(place.point), os.fsdecode(place.part)) for identity, place in replaced.places]
+    document = {
+        "mount_ids": replaced.mount_ids,
+        "devices": replaced.devices,
+        "left": left,
+        "places": places,
+        "excluded": replaced.excluded,
+        "slaves": replaced.slaves,
+    }
     write_file(directory, _FILE, json.dumps(document).encode(), durable=False)

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from tuckctl.target import Target
 
 
-def _carriers(below: Sequence[Mount]) -> tuple[Mount, ...]:
+def carriers(below: Sequence[Mount]) -> tuple[Mount, ...]:
+    """Return the shared submounts that carry others."""
     parents = {mount.parent_id for mount in below}
     return tuple(mount for mount in below if mount.peer_group and mount.id in parents)
 
@@ -130,8 +131,8 @@ class _Loosening:
 @contextlib.contextmanager
 def loosened(target: Target, below: Sequence[Mount], follow: Sequence[Match]) -> Iterator[None]:
     """Have the carriers among a target's submounts out of their groups, in all these receivers, for a block."""
-    carriers = _carriers(below)
-    if not carriers:
+    carrying = carriers(below)
+    if not carrying:
         yield
         return
     with contextlib.ExitStack() as stack:
@@ -140,7 +141,7 @@ def loosened(target: Target, below: Sequence[Mount], follow: Sequence[Match]) ->
         loosening.refuse_locked(follow)
         loosening.look_up(follow)
         try:
-            for carrier in carriers:
+            for carrier in carrying:
                 groups: list[Fd] = []
                 for match in follow:
                     loosening.leave(match, carrier, groups)

@@ -50,8 +50,8 @@ class Places:
             _named(b"TUCKCTL_RUN_DIR", b"/run/tuckctl"),
         )
 
-    def prepare(self, target: bytes) -> None:
-        """Make the directories, each 0700. Raises RefusedError where they cannot be used or lie in the target."""
+    def refuse_for(self, target: bytes) -> None:
+        """Refuse places that lie in the target, or that others could move away."""
         for place in (self.state, self.run):
             if place == target or place.startswith(target + b"/"):
                 raise RefusedError(
@@ -60,6 +60,10 @@ class Places:
                     "set TUCKCTL_STATE_DIR and TUCKCTL_RUN_DIR to directories outside of it",
                 )
             _refuse_unsafe(place)
+
+    def prepare(self, target: bytes) -> None:
+        """Make the directories, each 0700. Raises RefusedError where they cannot be used or lie in the target."""
+        self.refuse_for(target)
         for folder in (self.state, self.run, self.scratch, os.path.join(self.run, b"locks"), self.of(target)):
             prepare_directory(folder)
 

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import IncompleteError, RefusedError, UsageError
 from tuckctl.frozen import frozen
-from tuckctl.kernel.flags import MountAttr
+from tuckctl.kernel.flags import ATIME_OPTIONS, OPTIONS, MountAttr
 from tuckctl.kernel.syscalls import show
 from tuckctl.overlay import MOST_LAYERS, generation_of, is_ours
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from tuckctl.target import Target
 
 BUSY = ("lazy", "wait", "fail")
+RECEIVERS = ("converge", "require", "report")
 
 # What an overlay lacks for ever when its maker lacks it (overlayfs document, permission model);
 # bit numbers of linux/capability.h.
@@ -29,15 +31,6 @@ _CAPABILITIES = {
     "CAP_SYS_ADMIN": 21,
     "CAP_MKNOD": 27,
 }
-
-_FLAGS = {
-    "ro": MountAttr.RDONLY,
-    "nosuid": MountAttr.NOSUID,
-    "nodev": MountAttr.NODEV,
-    "noexec": MountAttr.NOEXEC,
-    "nodiratime": MountAttr.NODIRATIME,
-    "nosymfollow": MountAttr.NOSYMFOLLOW,
-}
 STRICTNESS = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOEXEC | MountAttr.NOSYMFOLLOW
 """The flags that take something away from whoever uses the mount."""
 _OPPOSITES = {
@@ -48,7 +41,6 @@ _OPPOSITES = {
     "diratime": "nodiratime",
     "symfollow": "nosymfollow",
 }
-_ATIME = {"relatime": MountAttr(0), "noatime": MountAttr.NOATIME, "strictatime": MountAttr.STRICTATIME}
 
 
 @frozen
@@ -85,7 +77,7 @@ def classify(target: Target, ours: dict[int, int | None], *, adopt: bool) -> Liv
         raise IncompleteError(
             "interrupted",
             f"{show(target.path)}: {len(ours)} overlays of tuckctl lie on one another: a transaction was interrupted",
-            f"umount {show(target.path)} (--lazy where it is busy) takes the older content off, and finishes it",
+            f"tuckctl recover {show(target.path)}",
         )
     if top is not None and top.id in ours:
         return Live(top, ours[top.id], adopted=False)
@@ -118,6 +110,22 @@ def refuse_nested(target: Target, around: list[Mount], recorded: list[Mount]) ->
             )
 
 
+def refuse_bound_onto_itself(target: Target, base: Mount | None) -> None:
+    """Refuse a base on which a mount would propagate to the very place that base is mounted on."""
+    around = target.around
+    if base is None or base.device != around.device or not around.peer_group:
+        return
+    place = os.path.join(around.root, target.path[len(around.point) :].lstrip(b"/"))
+    if base.root == place and around.peer_group in (base.peer_group, base.master):
+        where = show(target.path)
+        raise RefusedError(
+            "bound-onto-itself",
+            f"{where} is bound onto itself, under a mount that propagates to it: what is mounted there would"
+            " be mounted beneath it too",
+            f"mount --make-private {where}",
+        )
+
+
 def refuse_capabilities(effective: int) -> None:
     """Refuse to make an overlay that would lack rights for ever: it works with its maker's (overlayfs document)."""
     missing = [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
@@ -133,16 +141,16 @@ def parse_options(text: str) -> tuple[MountAttr, MountAttr]:
     """Read mount options into attributes to set and to clear. Raises UsageError."""
     set_ = clear = MountAttr(0)
     for word in filter(None, text.split(",")):
-        if word in _FLAGS:
-            set_, clear = set_ | _FLAGS[word], clear & ~_FLAGS[word]
+        if word in OPTIONS:
+            set_, clear = set_ | OPTIONS[word], clear & ~OPTIONS[word]
         elif word in _OPPOSITES:
-            flag = _FLAGS[_OPPOSITES[word]]
+            flag = OPTIONS[_OPPOSITES[word]]
             set_, clear = set_ & ~flag, clear | flag
-        elif word in _ATIME or word == "atime":
-            mode = _ATIME.get(word, MountAttr(0))
+        elif word in ATIME_OPTIONS or word == "atime":
+            mode = ATIME_OPTIONS.get(word, MountAttr(0))
             set_, clear = (set_ & ~MountAttr.ATIME_FIELD) | mode, clear | MountAttr.ATIME_FIELD
         else:
-            known = ", ".join([*_FLAGS, *_OPPOSITES, *_ATIME, "atime"])
+            known = ", ".join([*OPTIONS, *_OPPOSITES, *ATIME_OPTIONS, "atime"])
             raise UsageError("unknown-option", f"--options: {word!r} is no mount flag", f"known are {known}")
     return set_, clear
 
@@ -160,13 +168,6 @@ def attributes(target: Target, live: Live, options: str | None) -> MountAttr:
         set_, clear = parse_options(options)
         flags = flags & ~clear | set_
     return flags
-
-
-def option_names(flags: MountAttr) -> tuple[str, ...]:
-    """Return mount flags by their names in fstab(5)."""
-    names = [name for name, flag in _FLAGS.items() if flags & flag]
-    mode = flags & MountAttr.ATIME_FIELD
-    return (*names, *(name for name, flag in _ATIME.items() if flag == mode))
 
 
 def refuse_layers(images: int, base: bytes) -> None:

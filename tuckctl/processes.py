@@ -4,17 +4,30 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import re
 import shlex
+from typing import TYPE_CHECKING
 
 from tuckctl.frozen import frozen
 from tuckctl.kernel.syscalls import show
+from tuckctl.results import Caller
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 _CONTAINERS = (
-    ("podman", re.compile(r"libpod-(?:conmon-)?([0-9a-f]{64})")),
+    ("podman", re.compile(r"libpod-(?:conmon-|payload-)?([0-9a-f]{64})")),
     ("docker", re.compile(r"docker-([0-9a-f]{64})|(?<=/docker/)([0-9a-f]{64})")),
-    ("crictl", re.compile(r"(?:cri-containerd|crio)-(?:conmon-)?([0-9a-f]{64})")),
+    # The last is what a kubelet with cgroupfs makes, whatever engine it drives.
+    (
+        "crictl",
+        re.compile(
+            r"(?:cri-containerd|crio)[-:](?:conmon-)?([0-9a-f]{64})|(?<=/kubepods/)(?:[^/]+/)?pod[^/]+/([0-9a-f]{64})"
+        ),
+    ),
     ("lxc", re.compile(r"lxc\.payload\.([^/]+)|(?<=/lxc/)([^/]+)")),
     ("machinectl", re.compile(r"machine-([^/]+)\.scope|systemd-nspawn@([^/]+)\.service")),
 )
@@ -25,43 +38,171 @@ _RESTART = {
     "crictl": "crictl stop",  # the kubelet starts it again
     "lxc": "lxc-stop --reboot --name",
     "machinectl": "machinectl reboot",
+    "ctr": "ctr tasks kill",  # it has no word for a start over
 }
+_SPLIT = re.compile(r"/([^/]+\.service)/libpod-payload-")
+"""Podman with --cgroups=split, as in units of podman-systemd.unit(5)."""
+_ENOUGH = 1 << 16
+# From linux/proc_ns.h: the inodes of the first user namespace, and of the first process namespace.
+FIRST_USERS, FIRST_PROCESSES = 0xEFFFFFFD, 0xEFFFFFFC
 _ESCAPE = re.compile(r"\\x([0-9a-f]{2})")
 
 
 @frozen
 class Owner:
-    """Who answers for a process: its unit, and its container's id with the engine that knows it."""
+    """Who answers for a process: its unit, and its container's id with the engine that knows it.
+
+    `namespace` is containerd's, for its own client. With `by_unit` the unit starts and stops the container.
+    """
 
     unit: str | None
     container: str | None
     engine: str | None
+    namespace: str | None = None
+    by_unit: bool = False
 
 
+@functools.lru_cache(maxsize=1024)
 def owner_in(cgroups: str) -> Owner:
-    """Read the owner from the text of /proc/PID/cgroup (cgroups(7)); the unit is the innermost service or scope."""
+    """Read the owner from the text of /proc/PID/cgroup (cgroups(7)); the unit is the innermost service or scope.
+
+    The container is the outermost: one within another is known in there only. Where systemd keeps no
+    hierarchy, the engine's id is in those of the controllers.
+    """
     path = ""
+    others = []
     for line in cgroups.split("\n"):
         _, _, rest = line.partition(":")
         controllers, _, where = rest.partition(":")
-        if controllers in ("name=systemd", "") and len(where) > len(path):
+        if controllers not in ("name=systemd", ""):
+            others.append(where)
+        elif len(where) > len(path):
             path = where
     units = [part for part in path.split("/") if part.endswith((".service", ".scope"))]
-    container = engine = None
-    for name, pattern in _CONTAINERS:
-        if match := pattern.search(path):
-            engine, container = name, _ESCAPE.sub(lambda m: chr(int(m[1], 16)), next(g for g in match.groups() if g))
-            break
-    return Owner(units[-1] if units else None, container, engine)
+    for text in (path, *others):
+        found = [(match.start(), name, match) for name, pattern in _CONTAINERS if (match := pattern.search(text))]
+        if found:
+            _, engine, match = min(found, key=lambda item: item[0])
+            container = _ESCAPE.sub(lambda m: chr(int(m[1], 16)), next(group for group in match.groups() if group))
+            split = _SPLIT.search(text)
+            if engine == "podman" and split and split.end() > match.start():
+                return Owner(split[1], container, engine, by_unit=True)
+            return Owner(units[-1] if units else None, container, engine)
+    return Owner(units[-1] if units else None, None, None)
+
+
+_NOBODY = 2**32 - 1
+"""The login uid of a process that nobody's login led to (proc_pid_loginuid(5))."""
+
+
+def caller() -> Caller:
+    """Say who runs this: the user who logged in, whatever he became since (su(1)), or as whom it runs; and the unit."""
+    uid = os.getuid()
+    with contextlib.suppress(OSError, ValueError):
+        login = int(_read("/proc/self/loginuid"))
+        uid = login if login != _NOBODY else uid
+    return Caller(uid, _user(uid), owner_of(os.getpid()).unit)
+
+
+def _user(uid: int) -> str | None:
+    """Look a user's name up. What getpwuid(3) may load or ask would be loaded, and waited for, before every swap."""
+    with contextlib.suppress(OSError), open("/etc/passwd", "rb") as file:
+        for line in file:
+            name, *fields = line.split(b":")
+            if fields[1:2] == [b"%d" % uid]:
+                return name.decode("utf-8", "backslashreplace")
+    return None
 
 
 def owner_of(pid: int) -> Owner:
     """Return who answers for a process; nobody when it is gone or hidden."""
+    return Owners().of(pid)
+
+
+class Owners:
+    """Who answers for many processes, asked one after the other: what they have in common is looked at once."""
+
+    def __init__(self) -> None:
+        """Know nothing yet; what is known is not to be kept for long, as pids are used again."""
+        self._above: dict[int, Owner | None] = {}
+
+    def of(self, pid: int) -> Owner:
+        """Return who answers for a process; nobody when it is gone or hidden."""
+        try:
+            owner = owner_in(_read(f"/proc/{pid}/cgroup"))
+        except OSError:
+            return Owner(None, None, None)
+        if owner.container is None and (watched := self._watched(pid)) is not None:
+            return Owner(owner.unit, watched.container, watched.engine, watched.namespace)
+        return owner
+
+    def _watched(self, pid: int) -> Owner | None:
+        """Return the container that the outermost monitor above a process is there for.
+
+        A container may be without a cgroup of its own (`--cgroups=disabled`), or have one that does not tell
+        its engine. But each has a process that waits for it, with the container's id among its arguments:
+        conmon(8) or containerd's shim. Only the engine's own user is believed.
+        """
+        found = []
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            while pid > 1 and pid not in self._above:
+                name, _, rest = _read(f"/proc/{pid}/stat").partition("(")[2].rpartition(")")
+                found.append((pid, _waits_for(pid) if name in ("conmon", "containerd-shim") else None))
+                pid = int(rest.split(maxsplit=2)[1])
+        owner = self._above.get(pid)
+        for below, its in reversed(found):
+            self._above[below] = owner = owner or its
+        return owner
+
+
+def _waits_for(pid: int) -> Owner | None:
+    """Return the container that a monitor is there for."""
+    if os.stat(f"/proc/{pid}").st_uid not in (0, os.geteuid()):
+        return None
+    program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
+    return watched_by(program.removesuffix(" (deleted)"), _read(f"/proc/{pid}/cmdline").split("\0"))
+
+
+def _read(path: str) -> str:
+    """Read a small file of /proc; io.open asks the kernel twice as much."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with open(f"/proc/{pid}/cgroup", encoding="utf-8", errors="backslashreplace") as file:
-            return owner_in(file.read())
-    except OSError:
-        return Owner(None, None, None)
+        text = part = os.read(fd, _ENOUGH)
+        while len(part) == _ENOUGH:
+            part = os.read(fd, _ENOUGH)
+            text += part
+    finally:
+        os.close(fd)
+    return text.decode("utf-8", "backslashreplace")
+
+
+def watched_by(program: str, words: Sequence[str]) -> Owner | None:
+    """Read from a monitor's arguments which container it waits for; None unless it is certain."""
+    following = dict(reversed(list(itertools.pairwise(words))))  # the first of each counts
+    if program == "conmon" and re.fullmatch(r"[0-9a-f]{64}", identity := following.get("-c", "")):
+        if os.path.basename(following.get("--exit-command", "")) == "podman":
+            return Owner(None, identity, "podman")
+        if "/crio/" in following.get("--exit-dir", "") + "/":
+            return Owner(None, identity, "crictl")
+    if program.startswith("containerd-shim") and (identity := following.get("-id", "")):
+        namespace = following.get("-namespace", "")
+        if namespace == "moby":
+            return Owner(None, identity, "docker")
+        # With Kubernetes it is the sandbox of a pod that is named there.
+        if namespace not in ("", "k8s.io"):
+            return Owner(None, identity, "ctr", namespace)
+    return None
+
+
+def oldest(pids: Sequence[int]) -> int:
+    """Return the process that was started first; pids are used again, so the lowest need not be it."""
+    if len(pids) == 1 or 1 in pids:
+        return min(pids)
+    started = {}
+    for pid in pids:
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            started[pid] = int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+    return min(started, key=lambda pid: (started[pid], pid), default=min(pids))
 
 
 def command_of(pid: int) -> str:
@@ -75,11 +216,33 @@ def command_of(pid: int) -> str:
 
 def remedy(pid: int, owner: Owner) -> str:
     """Return the command that makes a process let go of what it holds."""
-    if owner.engine is not None and owner.container is not None:
-        return f"{_RESTART[owner.engine]} {shlex.quote(owner.container)}"
+    if owner.engine is not None and owner.container is not None and not owner.by_unit:
+        words = _RESTART[owner.engine]
+        if owner.namespace is not None:
+            words = words.replace(" ", f" --namespace {shlex.quote(owner.namespace)} ", 1)
+        return f"{words} {shlex.quote(owner.container)}"
     if owner.unit is not None and owner.unit.endswith(".service"):
         return f"systemctl restart {shlex.quote(owner.unit)}"
     return f"kill {pid}"
+
+
+def hides_some() -> bool:
+    """Whether there may be processes of which /proc does not show the mount namespace.
+
+    In a user namespace those of outer ones do not count: its mounts come to no one outside of it.
+    """
+    if os.stat("/proc/thread-self/ns/user").st_ino != FIRST_USERS:
+        return False
+    try:
+        if os.stat("/proc/1/ns/pid").st_ino != FIRST_PROCESSES:
+            return True
+        for name in os.listdir("/proc"):
+            if name.isdigit():
+                with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                    os.readlink(f"/proc/{name}/ns/mnt")
+    except OSError:
+        return True
+    return False
 
 
 def by_namespace() -> dict[int, list[int]]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generations beyond those to be kept, and kept images that no generation names: dropped."""
+"""Which generations and kept images nothing needs any more; and what a swap drops of them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from tuckctl.errors import TuckError
+from tuckctl.errors import RefusedError, TuckError
 from tuckctl.generations import all_records
+from tuckctl.holding import read_replaced
 from tuckctl.locks import alone
+from tuckctl.overlay import generation_of
 
 if TYPE_CHECKING:
     from tuckctl.generations import Records
@@ -19,34 +21,42 @@ if TYPE_CHECKING:
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
 
 
-_REACHED = ("swapped", "adopted")
-
-
-def drop_generations(records: Records, keep: int, live: int | None) -> None:
+def drop_generations(records: Records, places: Places, keep: int, live: int | None) -> None:
     """Drop a target's oldest generations beyond `keep`, besides those in use; its lock is held.
 
-    Those that were never seen are counted apart: they push out none that one could go back to.
-    The newest stays in any case: its number must not be given again. `live` is what was seen before.
+    `live` is what was seen before. What cannot be dropped now goes with the next swap.
     """
     with contextlib.suppress(TuckError, OSError):
-        current = records.current()
-        used = {live, *((current.generation, current.previous) if current else ())}
-        numbers = records.numbers()
-        unused = [number for number in numbers if number not in used]
-        reached = [number for number in unused if _is_reached(records, number)]
-        for group in (reached, [number for number in unused if number not in reached]):
-            for number in group[: max(0, len(group) - keep)]:
-                if number != numbers[-1]:
-                    records.remove(number)
+        numbers, _ = surplus(records, places, keep, {live})
+        for number in numbers:
+            records.remove(number)
         records.remove_leftovers()
 
 
-def _is_reached(records: Records, number: int) -> bool:
-    """Whether a generation was ever seen; of a damaged record one cannot tell."""
-    with contextlib.suppress(TuckError):
-        generation = records.get(number)
-        return generation is not None and generation.outcome in _REACHED
-    return False
+def surplus(records: Records, places: Places, keep: int, used: set[int | None]) -> tuple[list[int], list[RefusedError]]:
+    """Return a target's oldest generations beyond `keep`, besides those in use, and which records are damaged.
+
+    In use are those in `used`, the current one, the one before it, and what some receiver was left on. Those that were
+    never seen are counted apart: they push out none that one could go back to. The newest stays in any case: its
+    number must not be given again. A damaged record stays, to be restored.
+
+    Raises RefusedError where the record of what is current is damaged.
+    """
+    current = records.current()
+    used = used | ({current.generation, current.previous} if current is not None else set())
+    left = read_replaced(places.of(records.target)).left
+    used |= {generation_of(content.source, records.target) for content in left}
+    numbers = records.numbers()
+    seen: dict[bool, list[int]] = {True: [], False: []}
+    damaged = []
+    for number in numbers:
+        if number not in used:
+            try:
+                seen[records.was_seen(number)].append(number)
+            except RefusedError as error:
+                damaged.append(error)
+    dropped = [number for group in seen.values() for number in group[: max(0, len(group) - keep)]]
+    return sorted(number for number in dropped if number != numbers[-1]), damaged
 
 
 def drop_images(places: Places) -> None:
@@ -57,10 +67,12 @@ def drop_images(places: Places) -> None:
     """
     with contextlib.suppress(TuckError, OSError), alone(places.images_lock) as nobody_else:
         if nobody_else:
-            _drop_unnamed(places)
+            for path in unnamed_images(places):
+                os.unlink(path)
 
 
-def _drop_unnamed(places: Places) -> None:
+def unnamed_images(places: Places) -> list[bytes]:
+    """Return the kept images that no generation of any target names. Raises RefusedError for a damaged record."""
     named: set[str | None] = set()
     for records in all_records(places.state):
         for number in records.numbers():
@@ -68,6 +80,8 @@ def _drop_unnamed(places: Places) -> None:
             if generation is not None:
                 named.update(image.sha256 for image in generation.images)
     folder = os.path.join(places.state, b"images")
-    for name in os.listdir(folder):
-        if _DIGEST.fullmatch(name) and name.decode() not in named:
-            os.unlink(os.path.join(folder, name))
+    try:
+        names = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    return [os.path.join(folder, name) for name in names if _DIGEST.fullmatch(name) and name.decode() not in named]

@@ -6,34 +6,46 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+from functools import lru_cache, partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
-from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount, option_names
 from tuckctl.kernel.syscalls import (
+    Found,
     Match,
     Mount,
     Namespace,
+    find_everywhere,
     find_mounts,
     list_namespaces,
     listmount,
-    namespace_info,
-    namespace_owner,
+    mount_id,
+    mount_points,
+    namespace_id,
+    setns,
     show,
+    umount2,
 )
-from tuckctl.kernel.threads import own_namespace
+from tuckctl.kernel.threads import in_namespace, on_thread, own_namespace
 from tuckctl.overlay import generation_of
-from tuckctl.processes import by_namespace, owner_of
+from tuckctl.processes import Owner, Owners, by_namespace, hides_some, oldest
 from tuckctl.results import Receiver
+from tuckctl.spaces import NO_LISTING, in_spaces, is_gone, lived_in, reach
 from tuckctl.target import Content, look
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
+    from tuckctl.kernel.fd import Fd
 
 UNLOCKED = "unlocked-in-user-namespace"
-"""A copy that propagation brought into another user namespace is not locked there before Linux 7.1."""
+"""A copy that propagation brought into another user namespace is not locked there before Linux 7.1.
+
+Its root may take it off, and sees what lies beneath.
+"""
 
 
 @frozen
@@ -42,40 +54,88 @@ class Sight:
 
     matches: tuple[Match, ...]
     unseen: int
+    found: Found | None = None
+    """What the kernel told, for the next walk."""
 
     def of(self, device: tuple[int, int]) -> list[Match]:
         """Return the mounts of one superblock."""
         return [match for match in self.matches if match.device == device]
 
 
-def observe(devices: Iterable[tuple[int, int]], after: int = 0) -> Sight:
-    """Find the mounts of these superblocks in every namespace, those without a process too."""
+def observe(
+    devices: Iterable[tuple[int, int]],
+    after: int = 0,
+    *,
+    covered: Sequence[tuple[int, int]] = (),
+    known: Sight | None = None,
+) -> Sight:
+    """Find the mounts of these superblocks in every namespace, those without a process too.
+
+    Ids of mounts only grow. Where no mount that is sought can have one up to `after`, the others of a namespace
+    need no look, however many they are. What lies on the mounts of the superblocks `covered` is told, if it is
+    newer as well. `known` is what an earlier walk saw: what does not change, is not asked again.
+    """
+    wanted = tuple(dict.fromkeys((*covered, *devices)))
     with own_namespace() as here:
-        matches, unseen = find_mounts(_namespaces(here), tuple(dict.fromkeys(devices)), after)
-    return Sight(tuple(matches), unseen)
+        outside = _outside(here, wanted, after)
+        try:
+            found = find_everywhere(
+                here, wanted, after, covered=len(covered), known=known.found if known is not None else None
+            )
+        except KernelError as error:
+            if error.errno not in NO_LISTING:
+                raise
+        else:
+            return Sight(tuple(found.matches), found.unseen + int(outside), found)
+        spaces, hidden = namespaces(here)
+    matches, unseen = find_mounts(spaces, wanted, after)
+    return Sight(tuple(matches), unseen + hidden + int(outside))
 
 
-def _namespaces(here: Fd) -> list[Namespace]:
-    """List every mount namespace; where the kernel does not tell, those in which the caller's processes live.
+def _outside(here: Fd, wanted: Sequence[tuple[int, int]], after: int) -> bool:
+    """Whether this namespace has such mounts outside of the caller's chroot.
 
-    Listing them all needs rights over the whole machine. In a user namespace those are looked at that it,
-    or one below it, owns: another one gets none of its mounts, unless someone outside copies this
-    namespace on purpose.
+    The kernel lists the caller's own namespace only below the caller's root (grab_requested_root, fs/namespace.c).
     """
     try:
-        return list_namespaces(here)
+        own = namespace_id(here)
+        if not _is_confined(own, _root()):
+            return False
+    except (KernelError, OSError):
+        return False  # without the right to enter a namespace one works in one's own alone
+    spaces = [Namespace(own, 0, 0, 0)]
+    whole = in_namespace(here, lambda: find_mounts(spaces, wanted, after)[0])
+    seen = {match.mount_id for match in find_mounts(spaces, wanted, after)[0]}
+    return any(match.mount_id not in seen and not is_gone(match.mount_id, own) for match in whole)
+
+
+def _root() -> tuple[int, int]:
+    return mount_id(AT_FDCWD, b"/"), os.stat("/").st_ino
+
+
+@lru_cache(maxsize=16)
+def _is_confined(namespace: int, root: tuple[int, int]) -> bool:  # noqa: ARG001 - for the cache
+    """Whether a root directory is not that of its namespace, the caller's own: that takes a thread to tell."""
+    with own_namespace() as here:
+        return in_namespace(here, _root) != root
+
+
+def namespaces(here: Fd) -> tuple[list[Namespace], int]:
+    """List every mount namespace; where the kernel does not, those in which processes live.
+
+    Returns as well how many there are at least that are not to be seen.
+
+    The kernel lists them to who has rights over the whole machine, since Linux 6.12. In a user namespace those are
+    looked at that it, or one below it, owns: another one gets none of its mounts, unless someone outside copies this
+    namespace on purpose. Elsewhere, where /proc shows only a part of the processes, nobody knows how many there are,
+    and one is counted.
+    """
+    try:
+        return list_namespaces(here), 0
     except KernelError as error:
-        if error.errno != errno.EPERM:
+        if error.errno not in NO_LISTING:
             raise
-    own = namespace_info(here)
-    found = {own.inode: own}
-    for inode, pids in by_namespace().items():
-        for pid in pids if inode not in found else ():
-            with contextlib.suppress(OSError, KernelError), Fd(os.open(f"/proc/{pid}/ns/mnt", os.O_RDONLY)) as there:
-                namespace_owner(there).close()
-                found[inode] = namespace_info(there)
-                break
-    return list(found.values())
+    return [told for told, _ in lived_in()], int(hides_some())
 
 
 @frozen
@@ -144,21 +204,81 @@ def left_behind(
     return tuple(found)
 
 
-def reason_of(match: Match, target: bytes) -> str:
-    """Say why propagation does not carry the tuck to this copy."""
+Place = tuple[tuple[int, int], bytes]
+"""A superblock, and a path in it."""
+
+
+def place_of(target: bytes) -> Place:
+    """Return the target's own place, in whatever is around it."""
+    return _place_in(look(mount_id(AT_FDCWD, os.path.dirname(target))), target)
+
+
+def _place_in(around: Mount, path: bytes) -> Place:
+    return around.device, os.path.join(around.root, path[len(around.point.rstrip(b"/")) + 1 :])
+
+
+def _is_in_place(mount: Mount, parent: Mount, namespace: int, place: Place) -> bool:
+    """Whether a mount lies at the target's own place in a copy of the mount around it, at whatever path that is."""
+    while parent.point == mount.point and parent.parent_id != parent.id:
+        parent = look(parent.parent_id, namespace)
+    return _place_in(parent, mount.point) == place
+
+
+def unlocked(matches: Iterable[Match], target: bytes, *, but: Collection[int] = ()) -> set[int]:
+    """Return the ids of those mounts that the root of another user namespace could take off there, and see base.
+
+    Mounts at other places there are that root's own. Of those in `but` it is known that they are locked.
+    """
+    users = os.stat("/proc/thread-self/ns/user").st_ino
+    matches = tuple(matches)
+    content = {match.mount_id for match in matches}
+    foreign = [match for match in matches if match.owner not in (0, users) and match.mount_id not in but]
+    found = set()
+    for match, space in in_spaces(foreign):
+        try:
+            mount = look(match.mount_id, match.namespace_id)
+            parent = look(match.parent_id, match.namespace_id)
+            in_place = mount.point == target or _is_in_place(mount, parent, match.namespace_id, place_of(target))
+            if in_place and parent.id not in content and not on_thread(partial(_is_locked, mount, space)):
+                found.add(mount.id)
+        except KernelError as error:
+            # What is covered nobody can take off; of the rest, nobody knows.
+            if error.errno != errno.ESTALE and not is_gone(match.mount_id, match.namespace_id):
+                found.add(match.mount_id)
+    return found
+
+
+def _is_locked(mount: Mount, space: Fd) -> bool:
+    """Whether the kernel would take a mount off for no one in its namespace: it says so before it says busy.
+
+    A mount that is in use, as it is by a descriptor, cannot expire (umount2(2)).
+    """
+    setns(space, Clone.NEWNS)
+    with reach(mount.point, mount.id) as seen:
+        os.fchdir(seen.fileno())
+        try:
+            umount2(b".", Umount.EXPIRE)
+        except KernelError as error:
+            return error.errno == errno.EINVAL
+    return False
+
+
+def reason_of(match: Match, target: bytes, *, mount: Mount | None = None, place: Place | None = None) -> str:
+    """Say why propagation does not carry the tuck to this copy; `mount` and `place` are given by who knows them."""
     try:
-        mount = look(match.mount_id, match.namespace_id)
-    except KernelError:
-        return "unreachable"
-    if mount.point != target:
-        return "bind"
-    try:
+        mount = mount or look(match.mount_id, match.namespace_id)
         parent = look(match.parent_id, match.namespace_id)
+        if not _is_in_place(mount, parent, match.namespace_id, place or place_of(target)):
+            return "bind"
+        if not parent.peer_group and not parent.master:
+            return "private"
+        has_submounts = bool(listmount(match.mount_id, match.namespace_id))
     except KernelError:
         return "unreachable"
-    if not parent.peer_group and not parent.master:
-        return "private"
-    return "own-submount" if listmount(match.mount_id, match.namespace_id) else "private"
+    if has_submounts:
+        return "own-submount"
+    # Content on content is a bind of the target onto itself.
+    return "bind" if parent.point == mount.point and generation_of(parent.source, target) is not None else "private"
 
 
 def describe(
@@ -168,42 +288,108 @@ def describe(
     generation: int | None,
     target: bytes | None = None,
     content: Mount | None = None,
+    brought: Mapping[int, str] = MappingProxyType({}),
+    reasons: Mapping[int, str] = MappingProxyType({}),
+    unlocked: Collection[int] = (),
+    thorough: bool = False,
 ) -> tuple[Receiver, ...]:
     """Turn mounts into receivers, with the processes of each namespace and who answers for them.
 
+    Those that `brought` tells of, by the ids of their mounts, are converged, for the reason given there;
+    `reasons` tell why one could not be; those in `unlocked` the root of another user namespace could take off.
+
     Where `target` is given, each gets the reason why it was left out, and the generation that its source
     names; `generation` then is that of the mounts that show `content`, whatever their source.
+
+    What covers a directory above one is looked for where it matters to a swap, or where `thorough`: of a thousand
+    receivers that followed by themselves, it would take as long as all the rest.
     """
-    processes: dict[int, list[int]] | None = None
-    users = os.stat("/proc/thread-self/ns/user").st_ino
+    matches = tuple(matches)
+    if not matches:
+        return ()
+    processes, owners = by_namespace(), Owners()
     found = []
     for match in matches:
-        if processes is None:
-            processes = by_namespace()
         try:
             mount: Mount = look(match.mount_id, match.namespace_id)
+            submounts, cover = _on_top(mount)
+            if cover is None and (state != "updated" or thorough):
+                cover = _cover_around(mount)
         except KernelError:
             continue  # its namespace is gone, and with it the receiver
         pids = tuple(sorted(processes.get(match.namespace_inode, ())))
-        owner = owner_of(pids[0]) if pids else None
+        owner = owners.of(oldest(pids)) if pids else _NOBODY
         shows = content is not None and (mount.device, mount.source) == (content.device, content.source)
         same = generation if shows and content is not None and mount.root.startswith(content.root) else None
-        hazards = (UNLOCKED,) if state == "updated" and match.owner not in (0, users) else ()
+        reason = brought.get(match.mount_id, reasons.get(match.mount_id))
+        if reason is None and target is not None:
+            reason = "covered" if cover is not None and state == "stale" else reason_of(match, target)
+        hazards = (UNLOCKED,) if match.mount_id in unlocked else ()
         found.append(
             Receiver(
                 match.namespace_inode,
                 mount.point,
                 mount.root,
-                state,
+                "converged" if match.mount_id in brought else state,
                 generation if target is None else generation_of(mount.source, target) or same,
-                reason_of(match, target) if target is not None else None,
+                reason,
                 hazards,
                 pids,
-                owner.unit if owner else None,
-                owner.container if owner else None,
+                owner.unit,
+                owner.container,
+                option_names(match.attributes),
+                _propagation(match),
+                submounts,
+                cover,
+                match.owner or None,
             )
         )
     return tuple(found)
+
+
+_NOBODY = Owner(None, None, None)
+
+
+def _propagation(match: Match) -> str:
+    """Say how a mount propagates, as findmnt(8) does."""
+    if match.peer_group:
+        return "shared,slave" if match.master else "shared"
+    if match.master:
+        return "slave"
+    return "unbindable" if match.propagation & Propagation.UNBINDABLE else "private"
+
+
+def _on_top(mount: Mount) -> tuple[tuple[bytes, ...], bytes | None]:
+    """Return where something is mounted on a mount, and its own path if something covers it there."""
+    below = mount_points(mount.id, mount.namespace_id)
+    if not below:
+        return (), None
+    cover = next((point for _, parent, point in below if parent == mount.id and point == mount.point), None)
+    around = {identity: (parent, point) for identity, parent, point in below}
+
+    def lies_on_it(identity: int) -> bool:
+        while identity in around:
+            identity, point = around[identity]
+            if point == mount.point:
+                return False
+        return identity == mount.id
+
+    return tuple(sorted({point for identity, _, point in below if lies_on_it(identity)})), cover
+
+
+def _cover_around(mount: Mount) -> bytes | None:
+    """Return where something is mounted over a directory above a mount, if the path to it leads there."""
+    while mount.parent_id != mount.id:
+        try:
+            parent = look(mount.parent_id, mount.namespace_id)
+        except KernelError:
+            return None  # above the root of its namespace, or what the caller may see
+        for identity, on, point in mount_points(parent.id, mount.namespace_id):
+            above = point.rstrip(b"/") + b"/"
+            if on == parent.id and identity != mount.id and mount.point.startswith(above) and mount.point != point:
+                return point
+        mount = parent
+    return None
 
 
 def remedies(receivers: Iterable[Receiver]) -> str:

@@ -5,21 +5,34 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuckctl import holding
 from tuckctl.course import system_error
 from tuckctl.errors import IncompleteError, KernelError, RefusedError, TuckError
 from tuckctl.generations import Records, all_records, boot_id
 from tuckctl.kernel.fd import standard_streams
+from tuckctl.overlay import generation_of
 from tuckctl.places import Places
 from tuckctl.plan import classify, live_mounts
-from tuckctl.receivers import copies_of, describe, left_behind, observe
-from tuckctl.results import GenerationInfo, History, Holders, Problem, Receiver, Status, TargetStatus, infos
+from tuckctl.receivers import copies_of, describe, left_behind, observe, unlocked
+from tuckctl.results import (
+    GenerationInfo,
+    History,
+    Holders,
+    Problem,
+    Receiver,
+    StackedMount,
+    Status,
+    TargetStatus,
+    infos,
+)
 from tuckctl.target import Content, Target, open_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from tuckctl.kernel.syscalls import Match
 
 
 def _problem(error: TuckError) -> Problem:
@@ -27,7 +40,7 @@ def _problem(error: TuckError) -> Problem:
 
 
 @contextlib.contextmanager
-def _answering(path: bytes, document: Callable[[Problem], Status | History | Holders]) -> Iterator[None]:
+def answering(path: bytes, document: Callable[[Problem], Any]) -> Iterator[None]:
     """Give every failure its document."""
     try:
         with standard_streams():
@@ -42,7 +55,7 @@ def _answering(path: bytes, document: Callable[[Problem], Status | History | Hol
 
 def status(path: bytes | None) -> Status:
     """Return the state of one target, or of all that are on record."""
-    with _answering(path or b"", lambda problem: Status((), error=problem)):
+    with answering(path or b"", lambda problem: Status((), error=problem)):
         return _status_of_all() if path is None else _status_of(path)
 
 
@@ -93,8 +106,7 @@ def _status(target: Target, places: Places, warnings: list[Problem]) -> TargetSt
     except RefusedError as error:
         warnings.append(_problem(error))
     recorded = records.get(generation) if generation is not None else None
-    left = holding.read_replaced(places.of(target.path)).left
-    receivers, unseen = _receivers(target, ours, generation, left)
+    receivers, unseen = _receivers(target, ours, generation, holding.read_replaced(places.of(target.path)))
     if state == "live" and any(receiver.state == "stale" for receiver in receivers):
         state = "stale"
     return TargetStatus(
@@ -107,32 +119,42 @@ def _status(target: Target, places: Places, warnings: list[Problem]) -> TargetSt
         receivers=receivers,
         unseen=unseen,
         base=recorded.base if recorded is not None else None,
+        stack=tuple(StackedMount(mount.id, ours.get(mount.id), mount.fstype, mount.source) for mount in target.stack),
     )
 
 
 def _receivers(
-    target: Target, ours: dict[int, int | None], generation: int | None, left: Sequence[Content]
+    target: Target, ours: dict[int, int | None], generation: int | None, known: holding.Replaced
 ) -> tuple[tuple[Receiver, ...], int]:
     """Find who sees the live overlay, and who was left on an earlier one."""
-    mounts = [mount for mount in target.stack if mount.id in ours]
-    if not mounts and not left:
-        return (), 0
-    live = [mount.device for mount in mounts]
     try:
-        sight = observe([*live, *(content.device for content in left)])
+        shown, stale, unseen = _matches(target, ours, known.left)
     except KernelError:
         return (), 1
+    excluded = [match for match in stale if match.namespace_id in known.excluded]
+    others = [match for match in stale if match.namespace_id not in known.excluded]
+    behind = describe(others, state="stale", generation=None, target=target.path)
+    behind += describe(excluded, state="excluded", generation=None, target=target.path)
+    open_there = unlocked(shown, target.path)
+    present = describe(shown, state="updated", generation=generation, unlocked=open_there, thorough=True)
+    return present + behind, unseen
+
+
+def _matches(
+    target: Target, ours: Collection[int], left: Sequence[Content]
+) -> tuple[Sequence[Match], Sequence[Match], int]:
+    """Find the mounts of what is live, and those of earlier content; count what could not be looked into."""
+    mounts = [mount for mount in target.stack if mount.id in ours]
+    if not mounts and not left:
+        return (), (), 0
+    sight = observe([*(mount.device for mount in mounts), *(content.device for content in left)])
     shown = copies_of(sight, mounts[-1]) if mounts else ()
-    stale = describe(
-        left_behind(sight, left, target.path, but=shown), state="stale", generation=None, target=target.path
-    )
-    updated = describe(shown, state="updated", generation=generation)
-    return updated + stale, sight.unseen
+    return shown, left_behind(sight, left, target.path, but=shown), sight.unseen
 
 
 def history(path: bytes) -> History:
     """Return a target's recorded generations, newest first."""
-    with _answering(path, lambda problem: History(path, (), error=problem)):
+    with answering(path, lambda problem: History(path, (), error=problem)):
         return _history(path)
 
 
@@ -155,16 +177,58 @@ def _history(path: bytes) -> History:
                     generation.created,
                     generation.transaction,
                     generation.outcome,
+                    generation.who,
                 )
             )
     return History(real, tuple(found))
 
 
 def holders(path: bytes) -> Holders:
-    """Return who still uses an overlay that was replaced on this target since the boot."""
-    with _answering(path, lambda problem: Holders(path, (), error=problem)):
+    """Return who still uses an overlay that was replaced on this target since the boot.
+
+    Of a directory that is no target, who keeps something mounted at or below it in use, in whatever namespace.
+    """
+    with answering(path, lambda problem: Holders(path, (), error=problem)):
         places = Places.from_environment()
         with open_target(path) as target:
             real = target.path
-        known = holding.read_replaced(places.of(real))
-        return Holders(real, holding.find(real, known.mount_ids, known.devices))
+            if not _is_ours(target, places):
+                from tuckctl import pinned  # noqa: PLC0415 - nobody else needs it
+
+                return Holders(real, pinned.find(target))
+            found = _users(target, places)
+            problem = found.problem(real)
+            return Holders(real, found.holders, warnings=(problem,) if problem is not None else ())
+
+
+def _users(target: Target, places: Places) -> holding.Found:
+    """Find who uses what was taken off, and what someone was left on: that is mounted there still."""
+    known = holding.read_replaced(places.of(target.path))
+    seen = dict(known.places)
+    alive = set()
+    if known.left:
+        try:
+            current = Records(places.state, target.path).current()
+        except RefusedError:
+            current = None
+        namespace = os.stat("/proc/thread-self/ns/mnt").st_ino
+        ours = live_mounts(target, current, boot_id=boot_id(), namespace=namespace)
+        with contextlib.suppress(KernelError):
+            _, stale, _ = _matches(target, ours, known.left)
+            seen |= holding.places_of(stale, known.left)
+            alive = {match.device for match in stale}
+    devices = [content.device for content in known.left if content.device in alive and content.root == b"/"]
+    ids = {*known.mount_ids, *seen}
+    return holding.search(target.path, ids, (*known.devices, *devices), places=seen, alive=alive)
+
+
+def _is_ours(target: Target, places: Places) -> bool:
+    """Whether it is, or was, a target of tuckctl."""
+    if holding.read_replaced(places.of(target.path)) != holding.Replaced():
+        return True
+    if any(generation_of(mount.source, target.path) is not None for mount in target.stack):
+        return True
+    try:
+        return Records(places.state, target.path).current() is not None
+    except RefusedError:
+        return False

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+_REFUSED = 3
+
+
 def text(path: bytes) -> str:
     r"""Return a name as JSON text: bytes that are not UTF-8 become \xNN."""
     return path.decode("utf-8", "backslashreplace")
@@ -56,7 +59,12 @@ def infos(images: Iterable[_ImageLike]) -> tuple[ImageInfo, ...]:
 
 @frozen
 class Receiver:
-    """One mount of the target's content in one mount namespace."""
+    """One mount of the target's content in one mount namespace.
+
+    `root` is the part of the content that is mounted, `flags` and `propagation` are the mount's own, as fstab(5) and
+    findmnt(8) name them. `submounts` are the paths of what is mounted on it there. `covered_by` is where another mount
+    covers it: at its own path, or around that. `user_namespace` owns its mount namespace; None where that is not known.
+    """
 
     namespace: int
     path: bytes
@@ -68,6 +76,11 @@ class Receiver:
     pids: tuple[int, ...] = ()
     unit: str | None = None
     container: str | None = None
+    flags: tuple[str, ...] = ()
+    propagation: str = "private"
+    submounts: tuple[bytes, ...] = ()
+    covered_by: bytes | None = None
+    user_namespace: int | None = None
 
 
 @frozen
@@ -111,6 +124,16 @@ class TransactionResult:
 
 
 @frozen
+class StackedMount:
+    """One of the mounts that lie on a target; its generation is None where tuckctl did not make it."""
+
+    mount_id: int
+    generation: int | None
+    fstype: str
+    source: bytes
+
+
+@frozen
 class TargetStatus:
     """One target as it is now; state is live, stale, incomplete, missing or unmanaged."""
 
@@ -124,6 +147,8 @@ class TargetStatus:
     unseen: int
     base: bytes | None = None
     """What lies at the bottom of that generation: "under", "none", or a directory."""
+    stack: tuple[StackedMount, ...] = ()
+    """What is mounted on it, the lowest first; the last one is seen."""
 
 
 @frozen
@@ -137,8 +162,17 @@ class Status:
 
 
 @frozen
+class Caller:
+    """Who ran a command: the user who logged in, or as whom it ran; and the unit that it ran in."""
+
+    uid: int
+    user: str | None
+    unit: str | None
+
+
+@frozen
 class GenerationInfo:
-    """One recorded generation; created is in RFC 3339, UTC."""
+    """One recorded generation; created is in RFC 3339, UTC. Who made it was not always recorded."""
 
     generation: int
     current: bool
@@ -147,6 +181,7 @@ class GenerationInfo:
     created: str
     transaction: str
     outcome: str
+    who: Caller | None = None
 
 
 @frozen
@@ -156,6 +191,46 @@ class History:
     target: bytes
     generations: tuple[GenerationInfo, ...]
     schema: str = "tuckctl.history/1"
+    error: Problem | None = None
+    warnings: tuple[Problem, ...] = ()
+
+
+@frozen
+class BootedTarget:
+    """What boot made of one target; state is as in status. `wanted` is the generation that was recorded as live."""
+
+    target: bytes
+    state: str
+    generation: int | None
+    error: Problem | None = None
+    wanted: int | None = None
+
+
+@frozen
+class Boot:
+    """The document of boot."""
+
+    targets: tuple[BootedTarget, ...]
+    schema: str = "tuckctl.boot/1"
+    error: Problem | None = None
+    warnings: tuple[Problem, ...] = ()
+
+
+@frozen
+class Removed:
+    """Something that gc dropped: a generation, an image, or a leftover of a killed writer; and its size."""
+
+    kind: str
+    path: bytes
+    bytes: int
+
+
+@frozen
+class Collected:
+    """The document of gc."""
+
+    removed: tuple[Removed, ...]
+    schema: str = "tuckctl.gc/1"
     error: Problem | None = None
     warnings: tuple[Problem, ...] = ()
 
@@ -171,21 +246,72 @@ class Holders:
     warnings: tuple[Problem, ...] = ()
 
 
+@frozen
+class Feature:
+    """Whether the kernel can do something, since which Linux, whether every swap needs it; if it cannot, why not."""
+
+    present: bool
+    needed: bool
+    since: str
+    why_not: str | None
+
+
+@frozen
+class Finding:
+    """What stands in the way of a swap (blocker), may hurt (hazard), or is good to know (note); and what to do.
+
+    Where it is found in another mount namespace, that one is told, with its processes and who answers for them.
+    """
+
+    code: str
+    severity: str
+    message: str
+    remedy: str | None = None
+    namespace: int | None = None
+    pids: tuple[int, ...] = ()
+    unit: str | None = None
+    container: str | None = None
+
+
+@frozen
+class Doctor:
+    """The document of doctor: what this kernel can do, and what stands in the way of a swap at `path`."""
+
+    kernel: dict[str, Feature]
+    path: bytes | None
+    findings: tuple[Finding, ...]
+    schema: str = "tuckctl.doctor/1"
+    error: Problem | None = None
+    warnings: tuple[Problem, ...] = ()
+
+    @property
+    def exit_code(self) -> int:
+        """0 when a swap would go through, 3 when not."""
+        return _REFUSED if any(finding.severity == "blocker" for finding in self.findings) else 0
+
+
+def _is_utf8(name: bytes) -> bool:
+    try:
+        name.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def as_json(document: Any) -> Any:
     """Turn a document into what json.dumps takes; a name that is not UTF-8 gets a field beside it in base64."""
     if is_dataclass(document) and not isinstance(document, type):
         out: dict[str, Any] = {}
         for item in fields(document):
             value = getattr(document, item.name)
-            if isinstance(value, bytes):
-                out[item.name] = text(value)
-                try:
-                    value.decode()
-                except UnicodeDecodeError:
-                    out[f"{item.name}_b64"] = binascii.b2a_base64(value, newline=False).decode()
-            else:
-                out[item.name] = as_json(value)
+            out[item.name] = as_json(value)
+            names = (value,) if isinstance(value, bytes) else value if isinstance(value, tuple) else ()
+            if any(isinstance(name, bytes) and not _is_utf8(name) for name in names):
+                coded = [binascii.b2a_base64(name, newline=False).decode() for name in names]
+                out[f"{item.name}_b64"] = coded[0] if isinstance(value, bytes) else coded
         return out
+    if isinstance(document, bytes):
+        return text(document)
     if isinstance(document, tuple | list):
         return [as_json(item) for item in document]
     if isinstance(document, dict):

@@ -10,13 +10,15 @@ import stat
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from tuckctl.errors import KernelError, RefusedError, UsageError
+from tuckctl.errors import IncompleteError, KernelError, RefusedError, UsageError
 from tuckctl.frozen import frozen
 from tuckctl.generations import Current, Records, boot_id
+from tuckctl.journal import Journal
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Resolve
 from tuckctl.kernel.syscalls import Mount, mount_id, open_tree, openat2, show
 from tuckctl.locks import locked, release, take
+from tuckctl.overlay import generation_of, is_ours
 from tuckctl.plan import Live, classify, live_mounts, refuse_capabilities, refuse_nested
 from tuckctl.receivers import copies_of, observe
 from tuckctl.target import Target, base_directory, look, open_base, open_target
@@ -24,10 +26,12 @@ from tuckctl.target import Target, base_directory, look, open_base, open_target
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from tuckctl.journal import Entry
     from tuckctl.places import Places
 
 
-def _effective_capabilities() -> int:
+def effective_capabilities() -> int:
+    """Return the calling thread's effective capabilities, as bits."""
     with open("/proc/thread-self/status", encoding="ascii", errors="replace") as file:
         for line in file:
             if line.startswith("CapEff:"):
@@ -35,7 +39,8 @@ def _effective_capabilities() -> int:
     return 0
 
 
-def _around(target: Target) -> list[Mount]:
+def mounts_around(target: Target) -> list[Mount]:
+    """Return the mounts that a target lies in, the innermost first."""
     mounts = [target.around]
     while mounts[-1].parent_id != mounts[-1].id:
         try:
@@ -45,7 +50,7 @@ def _around(target: Target) -> list[Mount]:
     return mounts
 
 
-def _is_recorded(places: Places, mount: Mount) -> bool:
+def is_recorded_content(places: Places, mount: Mount) -> bool:
     """Whether a mount is on record as some target's: one without an overlay may not say so itself."""
     if not mount.point.strip(b"/"):
         return False
@@ -69,29 +74,71 @@ class Scene:
         here = (self.boot_id, self.namespace)
         return self.current is not None and (self.current.boot_id, self.current.namespace) == here
 
+    def first_mount(self) -> int:
+        """Return an id such that no mount of the live overlay's superblock has a lower one; 0 where none is known.
+
+        The superblock was made with one mount, whose id is on record. Every other mount of it is a later copy.
+        """
+        old, current = self.live.old, self.current
+        if old is None or current is None or self.live.adopted or old.fstype != "overlay" or old.root != b"/":
+            return 0
+        # A directory that is the content by itself may be an overlay, and was mounted before.
+        made_here = generation_of(old.source, self.target.path) == current.generation
+        same = (current.boot_id, current.mount_id) == (self.boot_id, old.id)
+        return old.id if made_here and same else 0
+
 
 @contextlib.contextmanager
-def open_scene(places: Places, path: bytes, deadline: float, *, adopt: bool) -> Iterator[Scene]:
-    """Look at the target, refuse what can never be, and lock it: its name, and what lies at its bottom."""
-    refuse_capabilities(_effective_capabilities())
+def open_scene(
+    places: Places, path: bytes, deadline: float, *, adopt: bool, recovering: bool = False, nested: bool = False
+) -> Iterator[Scene]:
+    """Look at the target, refuse what can never be, and lock it: its name, and what lies at its bottom.
+
+    An interrupted transaction is refused as well, unless it is there to be put in order; and a target in another
+    target's overlay, unless it is `nested` there because that one came first.
+    """
+    refuse_capabilities(effective_capabilities())
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(open_target(path))
-        around = _around(target)
-        refuse_nested(target, around, [mount for mount in around if _is_recorded(places, mount)])
+        around = mounts_around(target)
+        if not nested:
+            refuse_nested(target, around, [mount for mount in around if is_recorded_content(places, mount)])
         places.prepare(target.path)
         stack.enter_context(locked(places.lock(target.path), deadline, target.path))
-        stack.enter_context(_locked_directory(target, deadline))
+        stack.enter_context(locked_directory(target, deadline))
         target = target.refreshed()
         records = Records(places.state, target.path)
         current, boot = records.current(), boot_id()
         namespace = os.stat("/proc/thread-self/ns/mnt").st_ino
         ours = live_mounts(target, current, boot_id=boot, namespace=namespace)
-        live = classify(target, ours, adopt=adopt)
+        if not recovering:
+            _refuse_interrupted(Journal(places.of(target.path)).read(), target, boot, namespace)
+        live = _interrupted(target, ours) if recovering else classify(target, ours, adopt=adopt)
         if live.old is not None and not live.adopted and live.generation is not None:
             recorded = records.get(live.generation)
             live = replace(live, adopted=recorded is not None and recorded.adopted)
-        refuse_copy(target, live, namespace)
+        if not recovering:
+            refuse_copy(target, live, namespace)
         yield Scene(target, live, records, current, boot, namespace)
+
+
+def _interrupted(target: Target, ours: dict[int, int | None]) -> Live:
+    """Tell what is seen at a target on which something may be half done."""
+    top = target.top
+    return Live(top if top is not None and top.id in ours else None, ours.get(top.id) if top else None, adopted=False)
+
+
+def _refuse_interrupted(entry: Entry | None, target: Target, boot: str, namespace: int) -> None:
+    """Refuse a target on which a transaction was killed. One that had not begun to be seen left nothing to be done."""
+    if entry is None or (entry.boot_id, entry.namespace) != (boot, namespace):
+        return
+    if not entry.steps:
+        return
+    raise IncompleteError(
+        "interrupted",
+        f"{show(target.path)}: a transaction was interrupted ({entry.command}, to generation {entry.generation})",
+        f"tuckctl recover {show(target.path)}",
+    )
 
 
 def refuse_copy(target: Target, live: Live, namespace: int) -> None:
@@ -117,12 +164,12 @@ def refuse_copy(target: Target, live: Live, namespace: int) -> None:
             "not-the-host-namespace",
             f"{show(target.path)} is a copy here: mount namespace {elsewhere.namespace_inode}, where it comes from,"
             " would not see the change",
-            "run it in that namespace: nsenter --mount=/proc/PID/ns/mnt, with the PID of a process in it",
+            "--namespace PID or --namespace FILE does it there: PID is a process in it, FILE its nsfs file",
         )
 
 
 @contextlib.contextmanager
-def _locked_directory(target: Target, deadline: float) -> Iterator[None]:
+def locked_directory(target: Target, deadline: float) -> Iterator[None]:
     """Lock the directory beneath all mounts of the target: a tool with another run directory works on it too."""
     try:
         with open_tree(target.parent, clone=True) as tree:
@@ -139,6 +186,29 @@ def _locked_directory(target: Target, deadline: float) -> Iterator[None]:
             yield
         finally:
             release(directory.fileno())
+
+
+@contextlib.contextmanager
+def opened_beneath(target: Target, places: Places) -> Iterator[Fd | None]:
+    """Open the directory in a target's place beneath the overlay of another target that it lies in.
+
+    There it was when it was mounted first. None where it lies in none, or is in that overlay only.
+    """
+    around = target.around
+    if not (is_ours(around.source) or is_recorded_content(places, around)):
+        yield None
+        return
+    with contextlib.ExitStack() as stack:
+        outer = stack.enter_context(open_target(around.point))
+        below = stack.enter_context(opened_beneath(outer, places))
+        if below is None:
+            tree = stack.enter_context(open_base(outer, 1))
+            below = stack.enter_context(base_directory(outer, tree, 1))
+        path = target.path[len(outer.path) + 1 :]
+        found = None
+        with contextlib.suppress(KernelError):
+            found = stack.enter_context(openat2(below, path, os.O_RDONLY | os.O_DIRECTORY, Resolve.NO_SYMLINKS))
+        yield found
 
 
 @contextlib.contextmanager
@@ -183,32 +253,32 @@ def absolute(path: bytes, what: str) -> bytes:
 
 
 @frozen
-class _Spot:
+class Spot:
     """A file or directory as its filesystem knows it, by whatever mount it is reached: its path in there."""
 
     device: tuple[int, int]
     path: bytes
 
     @classmethod
-    def of(cls, mount: Mount, path: bytes) -> _Spot | None:
+    def of(cls, mount: Mount, path: bytes) -> Spot | None:
         """Take it from a mount and a path that leads through it; None where the mount's place is out of sight."""
         if not mount.point or not (path + b"/").startswith(mount.point.rstrip(b"/") + b"/"):
             return None
         return cls(mount.device, os.path.normpath(mount.root + b"/" + path[len(mount.point) :]).replace(b"//", b"/"))
 
-    def holds(self, other: _Spot) -> bool:
+    def holds(self, other: Spot) -> bool:
         """Whether the other is this one, or lies in it."""
         within = (other.path + b"/").startswith(self.path.rstrip(b"/") + b"/")
         return self.device == other.device and within
 
 
-def _content(scene: Scene) -> list[_Spot]:
+def _content(scene: Scene) -> list[Spot]:
     """Return where the target's content lies: what is seen, and base."""
     target, old = scene.target, scene.live.old
     # A directory that is the content by itself keeps nothing busy, and is known by the target's path alone.
     shown = [old] if old is not None and (old.root == b"/" or old.fstype == "overlay") else []
-    spots = [_Spot(mount.device, mount.root) for mount in (*shown, *target.stack[: -1 if old is not None else None])]
-    bare = _Spot.of(target.around, target.path)
+    spots = [Spot(mount.device, mount.root) for mount in (*shown, *target.stack[: -1 if old is not None else None])]
+    bare = Spot.of(target.around, target.path)
     return [*spots, *([bare] if bare is not None else [])]
 
 
@@ -233,7 +303,7 @@ def refuse_inside(what: str, path: bytes, scene: Scene, base: Fd) -> None:
         return  # opening it will say what is wrong
     with opened:
         holder = look(mount_id(opened))
-        spot = _Spot.of(holder, real)
+        spot = Spot.of(holder, real)
         folder = stat.S_ISDIR(os.fstat(opened.fileno()).st_mode)
         bottom = os.fstat(base.fileno())
         behind = _backing_file(opened)
@@ -245,7 +315,7 @@ def refuse_inside(what: str, path: bytes, scene: Scene, base: Fd) -> None:
         or (bottom.st_dev, bottom.st_ino) in above
         or (spot is not None and any(content.holds(spot) for content in _content(scene)))
     )
-    place = _Spot.of(target.around, target.path)
+    place = Spot.of(target.around, target.path)
     contains = folder and (
         (target.path + b"/").startswith(real.rstrip(b"/") + b"/")
         or (here.st_dev, here.st_ino) in _ancestors(target.parent)

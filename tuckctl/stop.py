@@ -26,17 +26,18 @@ def ask(interruption: Interruption) -> None:
 
 
 def pauses(deadline: float, *, longest: float = 0.05) -> Iterator[None]:
-    """Yield at once, and again after ever longer pauses (seconds) until a deadline on the monotonic clock.
+    """Yield at once, again after ever longer pauses (seconds), and a last time at a deadline on the monotonic clock.
 
     A wish to stop is heeded before each pause.
     """
     pause = 0.001
     while True:
         yield
-        if time.monotonic() + pause > deadline:
+        left = deadline - time.monotonic()
+        if left <= 0:
             return
         heed()
-        time.sleep(pause)
+        time.sleep(min(pause, left))
         pause = min(2 * pause, longest)
 
 

@@ -95,6 +95,11 @@ class Target:
         return self.stack[-1] if self.stack else None
 
     @property
+    def below(self) -> Mount:
+        """The mount on which the one that is seen lies."""
+        return self.stack[-2] if len(self.stack) > 1 else self.around
+
+    @property
     def place(self) -> bytes:
         """A path to the target that no rename and no symlink can divert."""
         return self.parent.path(self.name)

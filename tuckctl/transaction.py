@@ -8,94 +8,108 @@ import os
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING
 
-from tuckctl import holding, pins
+from tuckctl import holding, pins, recovery
 from tuckctl.carry import gather
+from tuckctl.content import base_of, mount_content, open_images, reopen
+from tuckctl.converge import Convergence
 from tuckctl.course import Course, begin
-from tuckctl.errors import FailedError, KernelError, PartialError, RefusedError, TuckError, UsageError
-from tuckctl.exchange import Exchange, Revealed, run, take_off
-from tuckctl.frozen import frozen
+from tuckctl.errors import (
+    IncompleteError,
+    PartialError,
+    RefusedError,
+    TuckError,
+    UndoneError,
+)
+from tuckctl.exchange import Exchange, converge, run, take_off
 from tuckctl.generations import Current, Generation, ImageRecord
-from tuckctl.images import Image, Store, mount_image, open_image, reopen_image
+from tuckctl.images import Image, Store
+from tuckctl.journal import Journal, interrupted, whole
 from tuckctl.kernel.fd import reserve
-from tuckctl.kernel.flags import AT_FDCWD
-from tuckctl.kernel.syscalls import open_tree, openat2, show
+from tuckctl.kernel.flags import option_names
+from tuckctl.kernel.syscalls import open_tree, show
+from tuckctl.kernel.threads import in_namespace
 from tuckctl.locks import locked
-from tuckctl.overlay import Overlay, assemble, source_file_name, source_name
+from tuckctl.outcome import as_it_is, conclude, present, remember, remember_left, stale, tell_of_failed
 from tuckctl.places import Places
-from tuckctl.plan import BUSY, attributes, option_names, parse_options, refuse_layers
+from tuckctl.plan import attributes, parse_options, refuse_layers
+from tuckctl.processes import caller
 from tuckctl.prune import drop_generations, drop_images
-from tuckctl.receivers import UNLOCKED, copies_of, describe, left_behind, observe, remedies
-from tuckctl.results import Holder, TargetResult, TransactionResult, infos
+from tuckctl.receivers import copies_of, left_behind, observe
+from tuckctl.request import KEYWORDS, Request, check_request
+from tuckctl.results import TargetResult, TransactionResult, infos
 from tuckctl.scene import Scene, absolute, open_scene, opened_base, refuse_inside
-from tuckctl.target import Content
+from tuckctl.selection import Selection
+from tuckctl.spaces import open_space
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from tuckctl.carry import Carriage
     from tuckctl.durable import Draft
-    from tuckctl.images import Progress
+    from tuckctl.journal import Entry
     from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.flags import MountAttr
+    from tuckctl.kernel.syscalls import Match
 
 
 _DESCRIPTORS = 32
 """How many descriptors are seen to be free before the tuck: after it, none may be lacking."""
 
 
-@frozen
-class Request:
-    """What a caller asks for; None means as before. The timeout is in seconds."""
-
-    images: tuple[bytes, ...] = ()
-    busy: str = "lazy"
-    timeout: float = 30.0
-    base: bytes | None = None
-    options: str | None = None
-    in_place: bool = False
-    adopt: bool = False
-    sha256: tuple[str, ...] = ()
-    keep: int = 5
-    to: int | None = None
-    progress: Progress | None = None
-
-
-def check_request(request: Request) -> None:
-    """Refuse what makes no sense whatever the machine looks like. Raises UsageError."""
-    if request.busy not in BUSY:
-        raise UsageError("unknown-value", f"--busy {request.busy}: it is one of {', '.join(BUSY)}")
-    if not request.timeout >= 0:
-        raise UsageError("unknown-value", f"--timeout {request.timeout}: it is a number of seconds, 0 or more")
-    if request.keep < 0:
-        raise UsageError("unknown-value", f"--keep {request.keep}: it is a number of generations, 0 or more")
-    if request.sha256 and len(request.sha256) != len(request.images):
-        raise UsageError(
-            "digest-count",
-            f"there are not as many digests ({len(request.sha256)}) as images ({len(request.images)})",
-            "give one --sha256 for each image",
-        )
-    if request.options is not None:
-        parse_options(request.options)
+def _act(
+    work: Callable[[bytes, Request], TransactionResult],
+    command: str,
+    path: bytes,
+    request: Request,
+    namespace: bytes | None,
+) -> TransactionResult:
+    """Do it here, or in another mount namespace, where every path is taken then."""
+    if namespace is None:
+        return _recovered_first(work, path, request)
+    with begin(command, path):
+        path = absolute(path, "target")
+        images = tuple(absolute(image, "image") for image in request.images)
+        base = request.base
+        if base is not None and base not in KEYWORDS:
+            base = absolute(base, "base")
+        space = open_space(namespace)
+    with space:
+        return in_namespace(space, lambda: _recovered_first(work, path, replace(request, images=images, base=base)))
 
 
-def swap(path: bytes, request: Request) -> TransactionResult:
+def _recovered_first(
+    work: Callable[[bytes, Request], TransactionResult], path: bytes, request: Request
+) -> TransactionResult:
+    """Put what was interrupted on the target in order first, where that is asked for."""
+    if request.recover:
+        with contextlib.suppress(PartialError):  # the work that comes tells of receivers itself
+            _recover(path, replace(request, recover=False), undo=False)
+    return work(path, request)
+
+
+def swap(path: bytes, request: Request, *, namespace: bytes | None = None) -> TransactionResult:
     """Replace the target's content by these images over base."""
+    return _act(_swap, "swap", path, request, namespace)
+
+
+def _swap(path: bytes, request: Request) -> TransactionResult:
     places = Places.from_environment()
     with begin("swap", path) as course, contextlib.ExitStack() as afterwards, contextlib.ExitStack() as stack:
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
-        course.so_far = _as_it_is(scene)
-        base = _base_of(request, scene)
+        course.so_far = as_it_is(scene)
+        base = base_of(request, scene)
         refuse_layers(len(request.images), base)
         flags = attributes(scene.target, scene.live, request.options)
         bottom = stack.enter_context(opened_base(scene))
         afterwards.callback(drop_images, places)
-        images = _open_images(stack, course, scene, request, places=places, deadline=deadline, bottom=bottom)
+        images = open_images(stack, course, scene, request, places=places, deadline=deadline, bottom=bottom)
         if _unchanged(scene, images, flags, base):
-            return _report_unchanged(course, scene, places)
+            return _report_unchanged(course, scene, request, deadline=deadline, places=places)
         before = scene.live.generation
         adopted, scene = _adopt(scene, course)
         generation = Generation(
@@ -107,96 +121,341 @@ def swap(path: bytes, request: Request) -> TransactionResult:
             _now(),
             course.transaction,
             "pending",
+            who=caller(),
         )
         course.enter("assemble")
         carriage = stack.enter_context(gather(scene.target))
-        new = _mount_content(stack, scene, generation, images, bottom=bottom, flags=flags, places=places)
+        new = mount_content(stack, scene, generation, images, bottom=bottom, flags=flags, places=places)
         exchange = _prepare(stack, scene, new, carriage, places)
-        for record in (adopted, generation):
-            if record is not None:
-                scene.records.write(record)
         try:
-            return _exchange(course, scene, exchange, generation, busy=request.busy, deadline=deadline, places=places)
+            for record in (adopted, generation):
+                if record is not None:
+                    scene.records.write(record)
+            return _exchange(course, scene, exchange, generation, request, deadline=deadline, places=places)
         except PartialError:
             raise
         except BaseException as error:
             _record_failure(scene, error, adopted, generation)
             raise
         finally:
-            drop_generations(scene.records, request.keep, before)
+            drop_generations(scene.records, places, request.keep, before)
 
 
-def rollback(path: bytes, request: Request) -> TransactionResult:
+def rollback(path: bytes, request: Request, *, namespace: bytes | None = None) -> TransactionResult:
     """Bring back the generation that was live before, or a given one, by the same tuck."""
+    return _act(_rollback, "rollback", path, request, namespace)
+
+
+def _rollback(path: bytes, request: Request) -> TransactionResult:
     places = Places.from_environment()
     with begin("rollback", path) as course, contextlib.ExitStack() as stack:
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=False))
-        course.so_far = _as_it_is(scene)
+        course.so_far = as_it_is(scene)
         generation = _generation_to(scene, request.to)
-        flags = parse_options(",".join(generation.options))[0]
         bottom = stack.enter_context(opened_base(scene))
         course.enter("images")
         stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
         if generation.number == scene.live.generation:
-            return _report_unchanged(course, scene, places)
-        if generation.adopted:
-            new = pins.pinned(places.run, scene.target.path, generation.number)
-            if new is None:
-                raise RefusedError(
-                    "adopted-overlay-gone",
-                    f"generation {generation.number} was an overlay that tuckctl did not make: it is mounted no more",
-                    f"tuckctl history {show(scene.target.path)} shows what else there is",
-                )
-            stack.enter_context(new)
-        else:
-            store = Store(places.state)
-            for image in generation.images:
-                if not image.kept:
-                    refuse_inside("image", image.path, scene, bottom)
-            images = [stack.enter_context(_reopen(image, store, request)) for image in generation.images]
-            course.enter("assemble")
-            new = _mount_content(stack, scene, generation, images, bottom=bottom, flags=flags, places=places)
-        carriage = stack.enter_context(gather(scene.target))
-        exchange = _prepare(stack, scene, new, carriage, places)
-        return _exchange(course, scene, exchange, generation, busy=request.busy, deadline=deadline, places=places)
+            return _report_unchanged(course, scene, request, deadline=deadline, places=places)
+        new = remake(stack, course, scene, generation, request, bottom=bottom, places=places)
+        return put_in_place(stack, course, scene, new, generation, request=request, deadline=deadline, places=places)
 
 
-def detach(path: bytes, request: Request) -> TransactionResult:
+def remake(
+    stack: contextlib.ExitStack,
+    course: Course,
+    scene: Scene,
+    generation: Generation,
+    request: Request,
+    *,
+    bottom: Fd,
+    places: Places,
+) -> Fd:
+    """Mount a generation on record again, detached, from its images; they are locked against being dropped."""
+    target = scene.target.path
+    if generation.adopted:
+        new = pins.pinned(places.run, target, generation.number)
+        if new is None:
+            raise RefusedError(
+                "adopted-overlay-gone",
+                f"generation {generation.number} was an overlay that tuckctl did not make: it is mounted no more",
+                f"tuckctl history {show(target)} shows what else there is",
+            )
+        return stack.enter_context(new)
+    store = Store(places.state)
+    for image in generation.images:
+        if not image.kept:
+            refuse_inside("image", image.path, scene, bottom)
+    images = [stack.enter_context(reopen(image, store, request)) for image in generation.images]
+    course.enter("assemble")
+    flags = parse_options(",".join(generation.options))[0]
+    return mount_content(stack, scene, generation, images, bottom=bottom, flags=flags, places=places)
+
+
+def put_in_place(
+    stack: contextlib.ExitStack,
+    course: Course,
+    scene: Scene,
+    new: Fd,
+    generation: Generation,
+    *,
+    request: Request,
+    deadline: float,
+    places: Places,
+) -> TransactionResult:
+    """Make a generation on record, mounted detached, the one that is live."""
+    carriage = stack.enter_context(gather(scene.target))
+    exchange = _prepare(stack, scene, new, carriage, places)
+    return _exchange(course, scene, exchange, generation, request, deadline=deadline, places=places)
+
+
+def recover(
+    path: bytes | None, request: Request, *, undo: bool = False, namespace: bytes | None = None
+) -> TransactionResult:
+    """Finish what was interrupted on a target where that is safe, otherwise undo it; or undo it in any case.
+
+    Without a target, on every one that has a journal.
+    """
+    if path is None:
+        return _act(partial(_recover_all, undo=undo), "recover", b"/", request, namespace)
+    return _act(partial(_recover, undo=undo), "recover", path, request, namespace)
+
+
+def _recover(path: bytes, request: Request, *, undo: bool) -> TransactionResult:
+    places = Places.from_environment()
+    with begin("recover", path) as course, contextlib.ExitStack() as stack:
+        check_request(request)
+        deadline = time.monotonic() + request.timeout
+        scene = stack.enter_context(open_scene(places, path, deadline, adopt=False, recovering=True))
+        course.so_far = as_it_is(scene)
+        entry = recovery.find(scene, places)
+        if entry is None:
+            recovery.tidy(scene, places)
+            return conclude(course, course.so_far, outcome="unchanged")
+        result = _put_in_order(course, scene, entry, request, undo=undo, deadline=deadline, places=places)
+        recovery.tidy(scene, places)
+    if undo and result.generation == entry.generation and entry.previous is not None:
+        return _rolled_back(path, request, entry.previous)
+    return conclude(course, result, outcome="recovered")
+
+
+def _recover_all(_: bytes, request: Request, *, undo: bool) -> TransactionResult:
+    """Put every target in order that has a journal; one that cannot be does not stop the others."""
+    places = Places.from_environment()
+    done: list[TransactionResult] = []
+    failure: TuckError | None = None
+    for path in interrupted(places.run):
+        try:
+            done.append(_recover(path, request, undo=undo))
+        except TuckError as error:
+            failure = failure or error
+            if error.result is not None:
+                done.append(error.result)
+    with begin("recover", b"") as course:
+        if failure is not None:
+            failure.result = replace(
+                failure.result, targets=tuple(target for result in done for target in result.targets)
+            )
+            raise failure
+        outcome = "recovered" if any(result.outcome == "recovered" for result in done) else "unchanged"
+        course.warnings += [warning for result in done for warning in result.warnings]
+        return replace(
+            course.result(outcome, None), targets=tuple(target for result in done for target in result.targets)
+        )
+
+
+def _rolled_back(path: bytes, request: Request, generation: int) -> TransactionResult:
+    """Undo what is finished already: go back to the generation before."""
+    done = _rollback(path, replace(request, to=generation))
+    return replace(done, schema="tuckctl.recover/1", outcome="recovered" if done.outcome == "swapped" else done.outcome)
+
+
+def _put_in_order(
+    course: Course,
+    scene: Scene,
+    entry: Entry,
+    request: Request,
+    *,
+    undo: bool,
+    deadline: float,
+    places: Places,
+) -> TargetResult:
+    """Finish or undo what a journal tells of, and tell what came of it."""
+    target = scene.target
+    if entry.damage is not None:
+        course.warn("journal-damaged", f"{entry.damage}: what follows there is not believed")
+    if entry.command == "detach":
+        return _finish_detach(course, scene, entry, request, deadline=deadline, places=places)
+    wishes = recovery.Wishes(request.busy, request.receivers, deadline, _selection(course, request))
+    recovered = recovery.recover(scene, entry, places, wishes, course.enter, undo=undo)
+    course.enter("record")
+    if recovered.revealed is None:
+        top = target.refreshed().top
+        generation = entry.previous if top is not None and top.id == entry.old.id else None
+        Journal(places.of(target.path)).end()
+        kept = scene.records.get(generation) if generation is not None else None
+        current = scene.current
+        previous = current.previous if current is not None else None
+        return TargetResult(
+            target.path, generation, previous, top.id if top else None, infos(kept.images if kept else ())
+        )
+    revealed = recovered.revealed
+    kept = scene.records.get(entry.generation)
+    scene = replace(scene, live=replace(scene.live, old=entry.as_mount(), generation=entry.previous))
+    result = TargetResult(
+        target.path,
+        entry.generation,
+        entry.previous,
+        entry.new,
+        infos(kept.images if kept else ()),
+        present(revealed, entry.generation, target.path) + stale(revealed, scene),
+        revealed.unseen,
+        remember(scene, revealed, places),
+    )
+    Journal(places.of(target.path)).end()
+    return result
+
+
+def _detached_already(
+    course: Course, scene: Scene, request: Request, *, deadline: float, places: Places
+) -> TransactionResult:
+    """Say that nothing is mounted; bring who was left on content from before."""
+    target, before = scene.target.path, _previous(scene)
+    result = TargetResult(target, None, before, None)
+    if holding.read_replaced(places.of(target)).left:
+        with contextlib.ExitStack() as stack:
+            bottom = stack.enter_context(opened_base(scene))
+            wishes = recovery.Wishes(request.busy, request.receivers, deadline, _selection(course, request))
+            revealed = recovery.finish_detach(scene, None, bottom, wishes=wishes, places=places, enter=course.enter)
+        holders = remember(scene, revealed, places)
+        result = replace(result, receivers=stale(revealed, scene), unseen=revealed.unseen, holders=holders)
+    return conclude(course, result, outcome="unchanged")
+
+
+def _finish_detach(
+    course: Course, scene: Scene, entry: Entry, request: Request, *, deadline: float, places: Places
+) -> TargetResult:
+    """Bring everyone back to base where the overlay is off already; where it is not, nothing was done."""
+    target = scene.target
+    if target.top_id() == entry.old.id:
+        Journal(places.of(target.path)).end()
+        return as_it_is(scene)
+    with contextlib.ExitStack() as stack:
+        bottom = stack.enter_context(opened_base(scene))
+        journal = stack.enter_context(Journal(places.of(target.path)))
+        journal.resume()
+        revealed = recovery.finish_detach(
+            scene,
+            entry,
+            bottom,
+            wishes=recovery.Wishes(request.busy, request.receivers, deadline, _selection(course, request)),
+            places=places,
+            enter=course.enter,
+        )
+        course.enter("record")
+        current = Current(None, entry.previous, scene.boot_id, scene.namespace, 0)
+        if scene.records.current() != current:
+            _publish(course, journal, stack.enter_context(scene.records.draft_current(current)))
+        journal.end()
+    scene = replace(scene, live=replace(scene.live, old=entry.as_mount(), generation=entry.previous))
+    holders = remember(scene, revealed, places)
+    return TargetResult(target.path, None, entry.previous, None, (), stale(revealed, scene), revealed.unseen, holders)
+
+
+def detach(path: bytes, request: Request, *, namespace: bytes | None = None) -> TransactionResult:
     """Take the overlay off: base is seen again, in one step."""
+    return _act(_detach, "detach", path, request, namespace)
+
+
+def _detach(path: bytes, request: Request) -> TransactionResult:
     places = Places.from_environment()
     with begin("detach", path) as course, contextlib.ExitStack() as stack:
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
-        course.so_far = _as_it_is(scene)
+        course.so_far = as_it_is(scene)
         target, old = scene.target, scene.live.old
         if old is None:
-            return course.result("unchanged", TargetResult(target.path, None, _previous(scene), None))
+            return _detached_already(course, scene, request, deadline=deadline, places=places)
         adopted, scene = _adopt(scene, course)
         if adopted is not None:
             scene.records.write(adopted)
         before = scene.live.generation
         reserve(_DESCRIPTORS)
+        bottom = stack.enter_context(opened_base(scene))
         record = scene.records.draft_current(Current(None, before, scene.boot_id, scene.namespace, 0))
         stack.enter_context(record)
         left = holding.read_replaced(places.of(target.path)).left
         keepsake = _keepsake(stack, scene)
+        journal = stack.enter_context(Journal(places.of(target.path)))
+        convergence = stack.enter_context(
+            Convergence(
+                target.path,
+                old,
+                bottom,
+                busy=request.busy,
+                deadline=deadline,
+                left=left,
+                excepted=_selection(course, request),
+                around=target.below,
+                base=target.below,
+                journal=journal,
+            )
+        )
+        convergence.know_slaves(holding.read_replaced(places.of(target.path)).slaves)
         try:
-            revealed = take_off(target, old, request.busy, deadline, course.enter, left=left)
-        except PartialError:
-            raise
+            journal.begin(
+                transaction=course.transaction,
+                command="detach",
+                target=os.fsdecode(target.path),
+                boot_id=scene.boot_id,
+                namespace=scene.namespace,
+                generation=0,
+                previous=before,
+                old=whole(old),
+                new=0,
+            )
+            journal.step("reveal")
+            revealed = take_off(
+                target,
+                old,
+                convergence,
+                receivers=request.receivers,
+                busy=request.busy,
+                deadline=deadline,
+                enter=course.enter,
+                left=left,
+                first=scene.first_mount(),
+            )
         except BaseException as error:
-            _record_failure(scene, error, adopted)
+            if target.top_id() != old.id:
+                remember_left(old, target.path, places, convergence.slaves())
+            if not isinstance(error, IncompleteError):
+                journal.end()
+            if not isinstance(error, PartialError):
+                _record_failure(scene, error, adopted)
             raise
         course.enter("record")
-        _publish(course, record)
+        _publish(course, journal, record)
         _pin(scene, keepsake, places)
-        holders = _remember(scene, revealed, places)
-        stale = describe(revealed.stale, state="stale", generation=before, target=target.path, content=old)
-        result = TargetResult(target.path, None, before, None, (), stale, revealed.unseen, holders)
-        return _conclude(course, result, stale, revealed.unseen)
+        journal.end()
+        holders = remember(scene, revealed, places)
+        result = TargetResult(target.path, None, before, None, (), stale(revealed, scene), revealed.unseen, holders)
+        return conclude(course, result)
+
+
+def _selection(course: Course, request: Request) -> Selection:
+    """Look at who is to stay as it is; what names nobody is told, as it may be a mistake."""
+    selection = Selection(request.excepted)
+    if selection.unmatched:
+        course.warn(
+            "nothing-excepted",
+            f"--except {selection.describe()}: there is no such mount namespace besides the one in which this is done",
+            "tuckctl status tells of each receiver its namespace, unit and container",
+        )
+    return selection
 
 
 def _now() -> str:
@@ -217,110 +476,6 @@ def _previous(scene: Scene, number: int | None = None) -> int | None:
     return found
 
 
-def _as_it_is(scene: Scene) -> TargetResult:
-    """Describe the target before anything is done: what a failure leaves."""
-    live = scene.live
-    recorded = scene.records.get(live.generation) if live.generation is not None else None
-    images = infos(recorded.images if recorded else ())
-    previous = scene.current.previous if scene.current else None
-    return TargetResult(scene.target.path, live.generation, previous, live.old.id if live.old else None, images)
-
-
-def _base_of(request: Request, scene: Scene) -> bytes:
-    if request.base is not None:
-        if request.base in (b"under", b"none"):
-            return request.base
-        return absolute(request.base, "base")
-    recorded = scene.records.get(scene.live.generation) if scene.live.generation is not None else None
-    return recorded.base if recorded is not None else b"under"
-
-
-def _open_images(
-    stack: contextlib.ExitStack,
-    course: Course,
-    scene: Scene,
-    request: Request,
-    *,
-    places: Places,
-    deadline: float,
-    bottom: Fd,
-) -> list[Image]:
-    paths = [absolute(image, "image") for image in request.images]
-    for path in paths:
-        refuse_inside("image", path, scene, bottom)
-    course.enter("images")
-    stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
-    store = Store(places.state)
-    digests = request.sha256 or (None,) * len(paths)
-    images = []
-    for path, digest in zip(paths, digests, strict=True):
-        image = open_image(path, store=store, in_place=request.in_place, sha256=digest, progress=request.progress)
-        images.append(stack.enter_context(image))
-        if not image.kept:
-            # The name may have led elsewhere when it was opened; a kept copy lies in a place of our own.
-            refuse_inside("image", os.readlink(image.file.path()), scene, bottom)
-        if image.format == "directory":
-            course.warn(
-                "directory-image",
-                f"{show(path)} is a directory: what changes in it changes the target's content at once",
-                "make an image of it",
-            )
-    return images
-
-
-def _reopen(image: ImageRecord, store: Store, request: Request) -> Image:
-    """Open an image of a generation on record: its kept copy, or, unchanged, the file where it lies."""
-    if image.kept and image.sha256 is not None:
-        kept = reopen_image(image.path, image.sha256, store=store)
-        if kept is None:
-            raise RefusedError(
-                "image-gone", f"the kept copy of {show(image.path)} ({image.sha256}) is gone", "swap to the image again"
-            )
-        return kept
-    return open_image(image.path, store=store, in_place=True, sha256=image.sha256, progress=request.progress)
-
-
-def _mount_content(
-    stack: contextlib.ExitStack,
-    scene: Scene,
-    generation: Generation,
-    images: Sequence[Image],
-    *,
-    bottom: Fd,
-    flags: MountAttr,
-    places: Places,
-) -> Fd:
-    """Mount the images over base, detached; a single image without base is itself the content."""
-    target, base, number = scene.target.path, generation.base, generation.number
-    if base == b"none" and len(images) == 1:
-        name = source_file_name(target, number, places.scratch)
-        mount = mount_image(images[0], attributes=flags, source=name, scratch=places.scratch)
-        return stack.enter_context(mount)
-    layers = []
-    for image in images:
-        layers.append(stack.enter_context(mount_image(image, scratch=places.scratch)))
-        image.close()  # there may be as many as overlayfs takes, and the mount keeps the file
-    if base == b"under":
-        layers.append(bottom)
-    elif base != b"none":
-        refuse_inside("base", base, scene, bottom)
-        try:
-            layers.append(stack.enter_context(openat2(AT_FDCWD, base, os.O_PATH | os.O_DIRECTORY)))
-        except KernelError as error:
-            why = os.strerror(error.errno).lower()
-            raise RefusedError(
-                "base-missing", f"{show(base)}: {why}", "--base takes under, none or a directory"
-            ) from error
-    try:
-        return stack.enter_context(assemble(Overlay(tuple(layers), source_name(target, number), flags)))
-    except KernelError as error:
-        raise FailedError(
-            "assembly-failed",
-            f"{show(target)}: the kernel does not stack these images: {error.message}",
-            "its log may say more; overlays can be stacked twice, not three times",
-        ) from error
-
-
 def _unchanged(scene: Scene, images: Sequence[Image], flags: MountAttr, base: bytes) -> bool:
     """Whether the live generation has just these images, flags and base; of a directory one never knows."""
     live = scene.live
@@ -336,26 +491,47 @@ def _unchanged(scene: Scene, images: Sequence[Image], flags: MountAttr, base: by
     )
 
 
-def _report_unchanged(course: Course, scene: Scene, places: Places) -> TransactionResult:
-    """Say that it is live already, and who does not see it."""
+def _report_unchanged(
+    course: Course, scene: Scene, request: Request, *, deadline: float, places: Places
+) -> TransactionResult:
+    """Say that it is live already; bring who does not see it."""
     target, old, generation = scene.target.path, scene.live.old, scene.live.generation
     recorded = scene.records.get(generation) if generation is not None else None
     left = holding.read_replaced(places.of(target)).left
-    devices = ([old.device] if old is not None else []) + [content.device for content in left]
-    sight = observe(devices)
-    matches = copies_of(sight, old) if old is not None else ()
-    stale = left_behind(sight, left, target, but=matches)
+
+    def verify() -> tuple[tuple[Match, ...], tuple[Match, ...], int]:
+        sight = observe(([old.device] if old is not None else []) + [content.device for content in left])
+        present = copies_of(sight, old) if old is not None else ()
+        return present, left_behind(sight, left, target, but=present), sight.unseen
+
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(open_tree(scene.target.parent, scene.target.name))
+        convergence = stack.enter_context(
+            Convergence(
+                target,
+                None,
+                live,
+                busy=request.busy,
+                deadline=deadline,
+                left=left,
+                excepted=_selection(course, request),
+                around=scene.target.below,
+            )
+        )
+        convergence.know_slaves(holding.read_replaced(places.of(target)).slaves)
+        shown = old.id if old is not None else 0
+        revealed = converge(convergence, verify, shown=shown, receivers=request.receivers, enter=course.enter)
     result = TargetResult(
         target,
         generation,
         scene.current.previous if scene.current else None,
         old.id if old is not None else None,
         infos(recorded.images if recorded else ()),
-        describe(matches, state="updated", generation=generation)
-        + describe(stale, state="stale", generation=None, target=target),
-        sight.unseen,
+        present(revealed, generation or 0, target) + stale(revealed, scene),
+        revealed.unseen,
+        remember(scene, revealed, places),
     )
-    return _conclude(course, result, stale, sight.unseen, outcome="unchanged")
+    return conclude(course, result, outcome="unchanged")
 
 
 def _before(scene: Scene) -> int | None:
@@ -373,9 +549,15 @@ def _generation_to(scene: Scene, number: int | None) -> Generation:
     where = show(scene.target.path)
     if wanted is None:
         raise RefusedError("no-generation", f"{where} has no generation to go back to", f"tuckctl history {where}")
-    generation = scene.records.get(wanted)
+    return recorded(scene, wanted)
+
+
+def recorded(scene: Scene, number: int) -> Generation:
+    """Return a generation of the target. Raises RefusedError where there is no such one, or its record is damaged."""
+    where = show(scene.target.path)
+    generation = scene.records.get(number)
     if generation is None:
-        raise RefusedError("no-generation", f"{where} has no generation {wanted} on record", f"tuckctl history {where}")
+        raise RefusedError("no-generation", f"{where} has no generation {number} on record", f"tuckctl history {where}")
     return generation
 
 
@@ -395,7 +577,16 @@ def _adopt(scene: Scene, course: Course) -> tuple[Generation | None, Scene]:
             f"tuckctl rollback {show(scene.target.path)}, until the next swap or boot, brings it back",
         )
     adopted = Generation(
-        number, scene.target.path, (source,), options, b"under", _now(), course.transaction, "adopted", adopted=True
+        number,
+        scene.target.path,
+        (source,),
+        options,
+        b"under",
+        _now(),
+        course.transaction,
+        "adopted",
+        adopted=True,
+        who=caller(),
     )
     return adopted, replace(scene, live=replace(live, generation=number))
 
@@ -423,7 +614,7 @@ def _pin(scene: Scene, keepsake: Fd | None, places: Places) -> None:
 def _prepare(stack: contextlib.ExitStack, scene: Scene, new: Fd, carriage: Carriage, places: Places) -> Exchange:
     """Attach the submounts, unseen; refuse what has no place. Nothing is on record yet."""
     left = holding.read_replaced(places.of(scene.target.path)).left
-    exchange = Exchange(scene.target, scene.live.old, new, carriage, left)
+    exchange = Exchange(scene.target, scene.live.old, new, carriage, left, first=scene.first_mount())
     on_top = exchange.old is None
     if on_top and exchange.parent_shared and carriage.alone:
         exchange.others = stack.enter_context(open_tree(new, clone=True))
@@ -438,12 +629,12 @@ def _exchange(
     scene: Scene,
     exchange: Exchange,
     generation: Generation,
+    request: Request,
     *,
-    busy: str,
     deadline: float,
     places: Places,
 ) -> TransactionResult:
-    """Tuck, verify, reveal, record. The records are on the disk before the tuck, and only get their names after it."""
+    """Tuck, verify, reveal, converge, record. Records are on the disk before the tuck, and get their names after it."""
     target, live = scene.target, scene.live
     if not generation.adopted:
         generation = replace(generation, outcome="swapped")
@@ -453,83 +644,79 @@ def _exchange(
         records = [stack.enter_context(scene.records.draft(generation))]
         records.append(stack.enter_context(scene.records.draft_current(current)))
         keepsake = _keepsake(stack, scene)
-        revealed = run(exchange, busy, deadline, course.enter)
+        journal = stack.enter_context(Journal(places.of(target.path)))
+        convergence = stack.enter_context(
+            Convergence(
+                target.path,
+                live.old,
+                exchange.new,
+                busy=request.busy,
+                deadline=deadline,
+                left=exchange.left,
+                excepted=_selection(course, request),
+                around=scene.target.below,
+                journal=journal,
+            )
+        )
+        convergence.know_slaves(holding.read_replaced(places.of(target.path)).slaves)
+        try:
+            journal.begin(
+                transaction=course.transaction,
+                command=course.command,
+                target=os.fsdecode(target.path),
+                boot_id=scene.boot_id,
+                namespace=scene.namespace,
+                generation=generation.number,
+                previous=previous,
+                old=whole(live.old),
+                new=exchange.new_id,
+            )
+            revealed = run(
+                exchange,
+                convergence,
+                journal,
+                receivers=request.receivers,
+                busy=request.busy,
+                deadline=deadline,
+                enter=course.enter,
+            )
+        except BaseException as error:
+            if not isinstance(error, IncompleteError):
+                if live.old is not None and scene.target.top_id() == exchange.new_id:
+                    remember_left(live.old, target.path, places, convergence.slaves())
+                journal.end()
+            if isinstance(error, UndoneError):
+                tell_of_failed(course, convergence, scene)
+            raise
         course.enter("record")
-        _publish(course, *records)
+        _publish(course, journal, *records)
         if course.command == "swap":
             pins.unpin(places.run, target.path)
         elif generation.adopted:
             pins.unpin(places.run, target.path, generation.number)
         _pin(scene, keepsake, places)
-    receivers = describe(revealed.receivers, state="updated", generation=generation.number)
-    stale = describe(revealed.stale, state="stale", generation=live.generation, target=target.path, content=live.old)
+        journal.end()
+    receivers = present(revealed, generation.number, target.path) + stale(revealed, scene)
     result = TargetResult(
         target.path,
         generation.number,
         current.previous,
         revealed.mount_id,
         infos(generation.images),
-        receivers + stale,
+        receivers,
         revealed.unseen,
-        _remember(scene, revealed, places),
+        remember(scene, revealed, places),
     )
-    return _conclude(course, result, stale, revealed.unseen)
+    return conclude(course, result)
 
 
-def _publish(course: Course, *records: Draft) -> None:
+def _publish(course: Course, journal: Journal, *records: Draft) -> None:
     """Record what is live now; it is too late to go back, so a failure is told and no more."""
     try:
         for record in records:
             record.publish()
     except TuckError as error:
+        journal.end()
         late = PartialError("not-recorded", f"the new content is live, but could not be recorded: {error}", error.hint)
         late.result = course.result(late.outcome, course.so_far, late)
         raise late from error
-
-
-def _conclude(
-    course: Course, result: TargetResult, stale: Sequence[object], unseen: int, outcome: str = "swapped"
-) -> TransactionResult:
-    """Make the document; raise PartialError with it where someone was left behind."""
-    unlocked = [receiver.namespace for receiver in result.receivers if UNLOCKED in receiver.hazards]
-    if unlocked:
-        course.warn(
-            UNLOCKED,
-            f"{show(result.target)}: root in a user namespace could unmount the content there and see base"
-            f" (mount namespaces {', '.join(map(str, unlocked))})",
-            "restart what lives there: a new namespace gets its mounts locked",
-        )
-    if not stale and not unseen:
-        return course.result(outcome, result)
-    where = show(result.target)
-    if stale:
-        left = [receiver for receiver in result.receivers if receiver.state == "stale"]
-        see = "1 receiver still sees" if len(left) == 1 else f"{len(left)} receivers still see"
-        message = f"{where}: done, but {see} the content before"
-        error = PartialError("receivers-left-behind", message, remedies(left))
-    else:
-        spaces = "1 namespace" if unseen == 1 else f"{unseen} namespaces"
-        message = f"{where}: done, but {spaces} could not be looked into"
-        error = PartialError("namespaces-unseen", message, "run it with the rights to see them")
-    error.result = course.result(error.outcome, result, error)
-    raise error
-
-
-def _remember(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder, ...]:
-    """Find who still uses what was taken off; remember that, and what someone was left on, for later questions."""
-    old, target = scene.live.old, scene.target.path
-    known = holding.read_replaced(places.of(target))
-    shown = (*known.left, *([Content(old.device, old.root, old.source)] if old is not None else []))
-    devices_left = {match.device for match in revealed.stale}
-    left = tuple(content for content in dict.fromkeys(shown) if content.device in devices_left)
-    kept = replace(known, left=left)
-    found: tuple[Holder, ...] = ()
-    if revealed.replaced:
-        ids = tuple(dict.fromkeys((*known.mount_ids, *revealed.replaced)))
-        own = [old.device] if old is not None and old.root == b"/" else []
-        devices = tuple(dict.fromkeys((*known.devices, *own)))
-        found = holding.find(target, ids, devices)
-        kept = holding.Replaced(ids, devices, left) if found else holding.Replaced(left=left)
-    if kept != known:
-        holding.write_replaced(places.of(target), kept)
-    return found

@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The system calls of a swap and nothing around them: what a swap costs at least.
  *
- *   bare swap TARGET STATE   for each line, the path of an erofs image: swaps TARGET to it, prints the
- *                            microseconds of each phase and the number of mounts found at the end
- *   bare hold COUNT          keeps COUNT copies of this mount namespace, with a process in each, until
- *                            its input ends */
+ *   bare swap TARGET STATE     for each line, the path of an erofs image: swaps TARGET to it, brings the
+ *                              namespaces that did not follow, prints the microseconds of each phase and
+ *                              the number of mounts found at the end
+ *   bare hold COUNT [private]  keeps COUNT copies of this mount namespace, peers of it or private, with a
+ *                              process in each, until its input ends */
 #include "floor.h"
 
 #include <errno.h>
@@ -32,10 +33,13 @@ enum {
     ALL_FACTS = 0x27f,
     FEW_FACTS = 0x3,
     RDONLY_NODEV_NOSUID = 0x7,
+    MAKE_PRIVATE = 1 << 18,
+    WHOLE = 0x8000,
     ROOM = 512,
+    AT_ONCE = 128,
 };
 
-enum { LOOK, IMAGES, ASSEMBLE, TUCK, VERIFY, REVEAL, CHECK, RECORD, PHASES };
+enum { LOOK, IMAGES, ASSEMBLE, TUCK, VERIFY, REVEAL, CHECK, CONVERGE, RECORD, PHASES };
 
 struct info {
     uint32_t size;
@@ -46,14 +50,21 @@ struct info {
 #define INFO _IOR(0xb7, 10, struct info)
 #define NEXT _IOR(0xb7, 11, struct info)
 #define PREV _IOR(0xb7, 12, struct info)
+#define OWNER _IO(0xb7, 1)
 
 struct found {
-    uint64_t id, parent;
+    uint64_t id, parent, space, above, owner;
     bool is_new;
 };
 
 static struct found *founds;
 static size_t found_count, found_room;
+
+/* No mount that is looked for has a lower id; 0 where that is not known. */
+static uint64_t first;
+
+/* Whether it is the first look, which asks more. */
+static bool is_first;
 
 static int must(int value, const char *what) {
     if (value < 0) {
@@ -93,7 +104,7 @@ static bool same(const struct tuck_statmount *mount, const struct tuck_statmount
 }
 
 static void look_into(uint64_t space, const struct tuck_statmount *new, const struct tuck_statmount *old) {
-    uint64_t ids[ROOM], after = 0;
+    uint64_t ids[ROOM], earlier = first > 0 ? first - 1 : 0, after = earlier;
     for (;;) {
         struct tuck_statmount mount;
         int64_t count = tuck_listmount(UINT64_MAX, space, after, ids, ROOM);
@@ -109,12 +120,28 @@ static void look_into(uint64_t space, const struct tuck_statmount *new, const st
                 if (founds == NULL)
                     must(-ENOMEM, "realloc");
             }
-            founds[found_count++] = (struct found){mount.mnt_id, mount.mnt_parent_id, is_new};
+            struct found *found = &founds[found_count++];
+            *found =
+                (struct found){.id = mount.mnt_id, .parent = mount.mnt_parent_id, .space = space, .is_new = is_new};
+            if (is_first && !is_new)
+                tuck_listmount(mount.mnt_id, space, earlier, &found->above, 1);
         }
         if (count < ROOM)
             return;
         after = ids[count - 1];
     }
+}
+
+/* Whose a namespace is: there, new has to be kept from another user namespace's root. */
+static void ask_owner(int space, size_t from) {
+    struct stat status;
+    if (from == found_count)
+        return;
+    int owner = ok(ioctl(space, OWNER), "NS_GET_USERNS");
+    ok(fstat(owner, &status), "fstat");
+    close(owner);
+    for (size_t i = from; i < found_count; i++)
+        founds[i].owner = status.st_ino;
 }
 
 static void look_towards(int own, unsigned long direction, const struct tuck_statmount *new,
@@ -128,8 +155,12 @@ static void look_towards(int own, unsigned long direction, const struct tuck_sta
             close(here);
         if (next < 0)
             return;
-        ok(fstat(next, &status), "fstat");
+        size_t before = found_count;
         look_into(info.id, new, old);
+        if (is_first) {
+            ok(fstat(next, &status), "fstat");
+            ask_owner(next, before);
+        }
         here = next;
     }
 }
@@ -146,22 +177,95 @@ static size_t look_everywhere(const struct tuck_statmount *new, const struct tuc
     return found_count;
 }
 
+static void look_back(const struct tuck_statmount *new, const struct tuck_statmount *old) {
+    is_first = true;
+    look_everywhere(new, old);
+    is_first = false;
+    for (size_t i = 0; i < found_count; i++)
+        if (founds[i].above != 0)
+            must(-EBUSY, "something is mounted on old");
+}
+
 static int by_id(const void *left, const void *right) {
     uint64_t a = ((const struct found *)left)->id, b = ((const struct found *)right)->id;
     return a < b ? -1 : a > b;
 }
 
-/* Arrival: the parent of each copy of old is a copy of new. */
-static void see_arrival(void) {
+/* Arrival: the parent of each copy of old is a copy of new. Returns how many did not get it. */
+static size_t see_arrival(void) {
+    size_t stale = 0;
     qsort(founds, found_count, sizeof *founds, by_id);
     for (size_t i = 0; i < found_count; i++) {
         const struct found *parent;
         if (founds[i].is_new)
             continue;
         parent = bsearch(&(struct found){.id = founds[i].parent}, founds, found_count, sizeof *founds, by_id);
-        if (parent == NULL || !parent->is_new)
-            must(-ENOENT, "new did not arrive everywhere");
+        stale += parent == NULL || !parent->is_new;
     }
+    return stale;
+}
+
+static int by_space(const void *left, const void *right) {
+    uint64_t a = ((const struct found *)left)->space, b = ((const struct found *)right)->space;
+    return a < b ? -1 : a > b;
+}
+
+struct stray {
+    int space, clone;
+};
+
+static void bring(struct stray *strays, size_t count, int home, int mount, const char *target) {
+    for (size_t i = 0; i < count; i++)
+        strays[i].clone =
+            must(tuck_open_tree_attr(mount, "", CLONE_TREE | CLOEXEC_TREE | EMPTY_PATH, 0, 0, MAKE_PRIVATE, 0),
+                 "open_tree_attr");
+    for (size_t i = 0; i < count; i++) {
+        must(tuck_setns(strays[i].space, CLONE_NEWNS), "setns");
+        must(tuck_move_mount(strays[i].clone, "", AT_FDCWD, target, F_EMPTY_PATH | BENEATH), "move_mount");
+        must(tuck_umount2(target, 8), "umount2");
+        close(strays[i].clone);
+        close(strays[i].space);
+    }
+    must(tuck_setns(home, CLONE_NEWNS), "setns");
+}
+
+/* Opens the namespaces in which old was found, and brings them. */
+static void converge(int mount, const char *target) {
+    const unsigned long directions[] = {PREV, NEXT};
+    struct stray strays[AT_ONCE];
+    size_t count = 0;
+    int home = ok(open("/proc/thread-self/ns/mnt", O_RDONLY | O_CLOEXEC), "open");
+    qsort(founds, found_count, sizeof *founds, by_space);
+    for (size_t i = 0; i < 2; i++) {
+        int here = ok(fcntl(home, F_DUPFD_CLOEXEC, 0), "fcntl");
+        for (;;) {
+            struct info info = {.size = sizeof info};
+            int next = ioctl(here, directions[i], &info);
+            close(here);
+            if (next < 0)
+                break;
+            here = next;
+            if (bsearch(&(struct found){.space = info.id}, founds, found_count, sizeof *founds, by_space) == NULL)
+                continue;
+            strays[count++].space = ok(fcntl(next, F_DUPFD_CLOEXEC, 0), "fcntl");
+            if (count == AT_ONCE) {
+                bring(strays, count, home, mount, target);
+                count = 0;
+            }
+        }
+    }
+    bring(strays, count, home, mount, target);
+    close(home);
+}
+
+static double spent[PHASES], since;
+
+static void enter(int phase) {
+    static int current;
+    double time = now();
+    spent[current] += time - since;
+    current = phase;
+    since = time;
 }
 
 static void write_durably(int state, const char *name) {
@@ -204,25 +308,27 @@ static int mount_overlay(int image, int base) {
 }
 
 static void swap(const char *folder, const char *name, int state, const char *path) {
-    double times[PHASES + 1];
-    char head[4096], place[300];
+    char head[4096], place[300], target[300];
     uint64_t ids[ROOM];
     struct stat status;
     union facts around, old, new;
+    double begun;
 
-    times[LOOK] = now();
+    memset(spent, 0, sizeof spent);
+    since = begun = now();
+    enter(LOOK);
     int parent = must(tuck_openat2(AT_FDCWD, folder, O_PATH | O_DIRECTORY | O_CLOEXEC, 0, NO_SYMLINKS), "openat2");
     uint64_t below = mount_of(parent, ""), top = mount_of(parent, name);
     bool covered = top != below;
     facts_of(below, &around);
     facts_of(top, &old);
 
-    times[IMAGES] = now();
+    enter(IMAGES);
     int file = ok(open(path, O_RDONLY | O_CLOEXEC), "open");
     ok(fstat(file, &status), "fstat");
     ok((int)pread(file, head, sizeof head, 0), "pread");
 
-    times[ASSEMBLE] = now();
+    enter(ASSEMBLE);
     if (covered)
         tuck_listmount(top, 0, 0, ids, ROOM);
     int tree = must(tuck_open_tree(parent, "", CLONE_TREE | CLOEXEC_TREE | EMPTY_PATH), "open_tree");
@@ -234,10 +340,13 @@ static void swap(const char *folder, const char *name, int state, const char *pa
     write_durably(state, "generation.new");
     write_durably(state, "current.new");
 
-    times[TUCK] = now();
+    enter(TUCK);
+    /* As soon as old is gone, its device number is anyone's. */
+    int picked =
+        covered ? must(tuck_fspick(parent, name, 1), "fspick") : ok(fcntl(parent, F_DUPFD_CLOEXEC, 0), "fcntl");
     must(tuck_move_mount(mount, "", parent, name, F_EMPTY_PATH | (covered ? BENEATH : 0)), "move_mount");
 
-    times[VERIFY] = now();
+    enter(VERIFY);
     if (mount_of(parent, "") != below || mount_of(parent, name) != (covered ? top : identity))
         must(-EBUSY, "another mount is seen");
     facts_of(identity, &new);
@@ -246,35 +355,53 @@ static void swap(const char *folder, const char *name, int state, const char *pa
         if (old.mount.mnt_parent_id != identity)
             must(-EBUSY, "new is not beneath old");
     }
-    look_everywhere(&new.mount, covered ? &old.mount : NULL);
-    see_arrival();
+    look_back(&new.mount, covered ? &old.mount : NULL);
+    size_t stale = see_arrival();
 
-    times[REVEAL] = now();
+    enter(REVEAL);
     snprintf(place, sizeof place, "/proc/self/fd/%d/%s", parent, name);
     if (covered)
         must(tuck_umount2(place, 8), "umount2");
 
-    times[CHECK] = now();
+    enter(CHECK);
     if (mount_of(parent, name) != identity)
         must(-EBUSY, "another mount is seen");
     facts_of(identity, &new);
-    size_t count = look_everywhere(&new.mount, NULL);
+    size_t count = look_everywhere(&new.mount, covered ? &old.mount : NULL);
+    if (stale > 0) {
+        size_t kept = 0;
+        for (size_t i = 0; i < count; i++)
+            if (!founds[i].is_new)
+                founds[kept++] = founds[i];
+        found_count = kept;
+        snprintf(target, sizeof target, "%s/%s", folder, name);
 
-    times[RECORD] = now();
+        enter(CONVERGE);
+        converge(mount, target);
+
+        enter(CHECK);
+        count = look_everywhere(&new.mount, &old.mount);
+    }
+    for (size_t i = 0; i < count; i++)
+        if (!founds[i].is_new)
+            must(-EBUSY, "old is still seen");
+
+    enter(RECORD);
     rename_durably(state, "generation.new", "generation");
     rename_durably(state, "current.new", "current");
 
-    times[PHASES] = now();
-    const int opened[] = {parent, file, tree, base, image, mount};
+    enter(LOOK);
+    first = identity;
+    const int opened[] = {parent, file, tree, base, image, mount, picked};
     for (size_t i = 0; i < sizeof opened / sizeof opened[0]; i++)
         close(opened[i]);
     for (int phase = 0; phase < PHASES; phase++)
-        printf("%.1f ", times[phase + 1] - times[phase]);
-    printf("%.1f %zu\n", now() - times[LOOK], count);
+        printf("%.1f ", spent[phase]);
+    printf("%.1f %zu\n", now() - begun, count);
     fflush(stdout);
 }
 
-static void hold(long count) {
+static void hold(long count, bool private) {
     pid_t *children = calloc((size_t)count + 1, sizeof *children);
     int pipes[2];
     char byte;
@@ -286,6 +413,8 @@ static void hold(long count) {
         if (children[i] == 0) {
             ok(prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl");
             ok(unshare(CLONE_NEWNS), "unshare");
+            if (private)
+                must(tuck_mount_setattr(AT_FDCWD, "/", WHOLE, 0, 0, MAKE_PRIVATE, 0), "mount_setattr");
             ok((int)write(pipes[1], "", 1), "write");
             for (;;)
                 pause();
@@ -307,13 +436,13 @@ static void hold(long count) {
 int main(int count, char **words) {
     char line[4096];
     prctl(PR_SET_PDEATHSIG, SIGKILL);
-    if (count == 3 && strcmp(words[1], "hold") == 0) {
-        hold(strtol(words[2], NULL, 10));
+    if ((count == 3 || count == 4) && strcmp(words[1], "hold") == 0) {
+        hold(strtol(words[2], NULL, 10), count == 4);
         return 0;
     }
     char *name = count == 4 && strcmp(words[1], "swap") == 0 ? strrchr(words[2], '/') : NULL;
     if (name == NULL) {
-        fputs("usage: bare swap TARGET STATE | bare hold COUNT\n", stderr);
+        fputs("usage: bare swap TARGET STATE | bare hold COUNT [private]\n", stderr);
         return 2;
     }
     *name++ = '\0';

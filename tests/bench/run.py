@@ -4,16 +4,18 @@
 How it is measured. Everything happens in a child with a mount namespace of its own, in which there are two
 directories on a shared mount. On one of them `tuckctl.swap` alternates between two kept erofs images, over
 what lies under the target; on the other a C program (bare.c) does it with the same system calls and nothing
-around them: the same mounts made and attached, every mount of every namespace looked at twice, the same
-number of files brought to the disk. The two take turns, and who begins a round alternates, so that whatever
-else the machine does hits both. Before each series there are so many other mount namespaces, copies of this
-one with a process in each and with as many mounts as are said. What is printed is the median of all rounds
-after a warm-up, in microseconds. A phase is what `timings_us` calls by that name; "rest" is what comes
-before the first and after the last of them; "total" is the whole call.
+around them: the same mounts made and attached, the same looks into every namespace before and after the
+reveal, the same number of files brought to the disk; and where the namespaces are private ones, which a swap
+does not reach, the same entered one by one and brought along. The two take turns, and who begins a round
+alternates, so that whatever else the machine does hits both. Before each series there are so many other mount
+namespaces, copies of this one with a process in each and with as many mounts as are said. What is printed is
+the median of all rounds after a warm-up, in microseconds. A phase is what `timings_us` calls by that name;
+"both looks" is verify and check together, which is what it takes to see who gets the new content and who got
+it; "rest" is what comes before the first phase and after the last; "total" is the whole call.
 
 Whole commands are timed in turns with a Python that does nothing and a typer application that does nothing.
 
-Usage: run.py [--quick] [--namespaces 1,10,100,1000] [--json FILE]
+Usage: run.py [--quick] [--namespaces 1,10,100,1000] [--private 200,1000] [--mounts 10,1000,10000] [--json FILE]
 """
 
 from __future__ import annotations
@@ -35,18 +37,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import tuckctl
+from tuckctl.errors import KernelError
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount
 from tuckctl.kernel.fscontext import new_mount
-from tuckctl.kernel.syscalls import listmount, mount_setattr, move_mount, umount2, unshare
+from tuckctl.kernel.syscalls import listmount, mount_setattr, move_mount, open_tree, umount2, unshare
 from tuckctl.log import NOTHING, log
+from tuckctl.target import look
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).parents[2]
-PHASES = ("look", "images", "assemble", "tuck", "verify", "reveal", "check", "record")
-ROWS = (*PHASES, "rest", "total")
+PHASES = ("look", "images", "assemble", "tuck", "verify", "reveal", "check", "converge", "record")
+BOTH_LOOKS = "both looks"
+ROWS = (*PHASES, "rest", "total", BOTH_LOOKS)
+GROWING = ("tuck", "verify", "reveal", "check", BOTH_LOOKS, "total")
 MOUNTS = 50
+GROWTH_NAMESPACES = 100
+KEPT_MOUNTS = (b"/", b"/proc", b"/dev")
 WARM_UP = 3
 SETTLED = 2.5
 _PR_SET_PDEATHSIG = 1
@@ -65,13 +73,56 @@ class Row(NamedTuple):
 
 
 class Series(NamedTuple):
-    """What was measured beside so many other namespaces."""
+    """What was measured beside so many other namespaces, peers of this one or private ones."""
 
     namespaces: int
+    private: bool
     mounts: int
     receivers: int
     rounds: int
     rows: list[Row]
+
+    def row(self, name: str) -> Row:
+        """Return what was measured of one phase."""
+        return next(row for row in self.rows if row.phase == name)
+
+
+class Bound(NamedTuple):
+    """A ratio that is to be held, and what it came to."""
+
+    what: str
+    figure_us: float
+    against_us: float
+    at_most: float
+
+    @property
+    def ratio(self) -> float:
+        return self.figure_us / self.against_us
+
+
+class Figures(NamedTuple):
+    """All that one run measured."""
+
+    series: list[Series]
+    growth: list[Series]
+    commands: list[Command]
+
+    def bounds(self) -> Iterator[Bound]:
+        """Give the ratios that are to be held, from the largest series of each kind."""
+        for one in self.series:
+            if one.private:
+                looks = one.row("converge")
+                most = 2.5 if one.namespaces >= 1000 else 3.0
+                what = f"converging {one.namespaces:,} private namespaces, against bare C"
+                yield Bound(what, looks.tuckctl_us, looks.bare_us, most)
+            elif one.namespaces >= 100:
+                looks = one.row(BOTH_LOOKS)
+                what = f"both looks, {one.namespaces:,} namespaces of {one.mounts:,} mounts, against bare C"
+                yield Bound(what, looks.tuckctl_us, looks.bare_us, 1.5)
+        for one in self.growth[1:]:
+            few = self.growth[0]
+            what = f"both looks, {one.mounts:,} mounts in each of {one.namespaces:,}, against {few.mounts:,}"
+            yield Bound(what, one.row(BOTH_LOOKS).tuckctl_us, few.row(BOTH_LOOKS).tuckctl_us, 1.3)
 
 
 class Command(NamedTuple):
@@ -82,7 +133,7 @@ class Command(NamedTuple):
 
 
 def rounds_for(namespaces: int, *, quick: bool) -> int:
-    return 5 if quick else max(25, min(200, 10_000 // namespaces))
+    return 5 if quick else max(15, min(200, 10_000 // namespaces))
 
 
 def compile_bare(place: Path) -> Path:
@@ -116,8 +167,9 @@ def make_images(place: Path) -> list[Path]:
 class Peers:
     """So many copies of this mount namespace, each with a process in it."""
 
-    def __init__(self, program: Path, count: int) -> None:
-        self.process = subprocess.Popen([program, "hold", str(count)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    def __init__(self, program: Path, count: int, *, private: bool) -> None:
+        words: list[str | Path] = [program, "hold", str(count), *(["private"] if private else [])]
+        self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __enter__(self) -> None:
         assert self.process.stdout is not None
@@ -150,8 +202,16 @@ class Bare:
         if not answer:
             raise SystemExit("the bare program failed")
         *times, total = map(float, answer[:-1])
-        found = dict(zip(PHASES, times, strict=True))
-        return {**found, "rest": total - sum(times), "total": total}, int(answer[-1])
+        return rows_of(dict(zip(PHASES, times, strict=True)), total), int(answer[-1])
+
+
+def rows_of(found: dict[str, float], total: float) -> dict[str, float]:
+    return {
+        **found,
+        "rest": total - sum(found.values()),
+        "total": total,
+        BOTH_LOOKS: found["verify"] + found["check"],
+    }
 
 
 def swap(target: Path, image: Path) -> tuple[dict[str, float], int]:
@@ -159,10 +219,16 @@ def swap(target: Path, image: Path) -> tuple[dict[str, float], int]:
     result = tuckctl.swap(target, [image])
     total = (time.perf_counter() - begun) * 1e6
     found = {phase: float(result.timings_us.get(phase, 0)) for phase in PHASES}
-    return {**found, "rest": total - sum(found.values()), "total": total}, len(result.targets[0].receivers)
+    return rows_of(found, total), len(result.targets[0].receivers)
 
 
-def measure(bare: Bare, target: Path, images: Sequence[Path], namespaces: int, rounds: int) -> Series:
+def measure(ground: Ground, namespaces: int, *, private: bool = False, quick: bool) -> Series:
+    with Peers(ground.program, namespaces, private=private):
+        return measure_beside(ground, namespaces, private=private, rounds=rounds_for(namespaces, quick=quick))
+
+
+def measure_beside(ground: Ground, namespaces: int, *, private: bool, rounds: int) -> Series:
+    bare, target, images = ground.bare, ground.target, ground.images
     bare_times: list[dict[str, float]] = []
     times: list[dict[str, float]] = []
     receivers = 0
@@ -182,7 +248,7 @@ def measure(bare: Bare, target: Path, images: Sequence[Path], namespaces: int, r
         Row(row, statistics.median(each[row] for each in bare_times), statistics.median(each[row] for each in times))
         for row in ROWS
     ]
-    return Series(namespaces, len(listmount()), receivers, rounds, rows)
+    return Series(namespaces, private, len(listmount()), receivers, rounds, rows)
 
 
 def command_times(place: Path, target: Path, images: Sequence[Path], *, quick: bool) -> list[Command]:
@@ -215,30 +281,94 @@ def command_times(place: Path, target: Path, images: Sequence[Path], *, quick: b
     return [Command(name, statistics.median(times)) for name, times in found.items()]
 
 
-def table(series: Sequence[Series], commands: Sequence[Command]) -> Iterator[str]:
+def table(figures: Figures) -> Iterator[str]:
     yield "A swap of an erofs image over base, tuckctl beside the bare system calls: medians in microseconds."
     yield ""
-    yield f"{'other namespaces':<16}" + "".join(f"{one.namespaces:>27,}" for one in series)
-    yield f"{'mounts in each':<16}" + "".join(f"{one.mounts:>27}" for one in series)
-    yield f"{'rounds':<16}" + "".join(f"{one.rounds:>27}" for one in series)
-    yield f"{'phase':<16}" + f"{'bare':>10}{'tuckctl':>10}{'ratio':>7}" * len(series)
-    for number, name in enumerate(ROWS):
-        line = f"{name:<16}"
-        for one in series:
-            row = one.rows[number]
-            ratio = f"{row.ratio:>7.1f}" if row.ratio is not None else f"{'-':>7}"
-            line += f"{row.bare_us:>10,.0f}{row.tuckctl_us:>10,.0f}{ratio}"
-        yield line
-    if commands:
+    yield f"{'other namespaces':<16}" + "".join(
+        f"{f'{one.namespaces:,} private' if one.private else f'{one.namespaces:,}':>27}" for one in figures.series
+    )
+    yield from _beside(figures.series, ROWS)
+    if figures.growth:
+        yield ""
+        yield f"The same with other numbers of mounts in each of {figures.growth[0].namespaces:,} namespaces."
+        yield ""
+        yield from _beside(figures.growth, GROWING)
+    bounds = list(figures.bounds())
+    if bounds:
+        yield ""
+        yield f"{'Ratios that are to be held':<64}{'tuckctl':>10}{'against':>10}{'ratio':>7}{'at most':>9}"
+        yield ""
+        for bound in bounds:
+            yield (
+                f"{bound.what:<64}{bound.figure_us:>10,.0f}{bound.against_us:>10,.0f}{bound.ratio:>7.2f}"
+                f"{bound.at_most:>9.1f}{'' if bound.ratio <= bound.at_most else '  above'}"
+            )
+    if figures.commands:
         yield ""
         yield "Whole processes, medians in milliseconds."
         yield ""
-        for command in commands:
-            times = command.milliseconds / commands[0].milliseconds
+        for command in figures.commands:
+            times = command.milliseconds / figures.commands[0].milliseconds
             yield f"{command.name:<30}{command.milliseconds:>8.1f}{times:>7.1f}"
 
 
-def run(place: Path, counts: Sequence[int], *, quick: bool) -> tuple[list[Series], list[Command]]:
+def _beside(series: Sequence[Series], names: Sequence[str]) -> Iterator[str]:
+    yield f"{'mounts in each':<16}" + "".join(f"{one.mounts:>27,}" for one in series)
+    yield f"{'rounds':<16}" + "".join(f"{one.rounds:>27}" for one in series)
+    yield f"{'phase':<16}" + f"{'bare':>10}{'tuckctl':>10}{'ratio':>7}" * len(series)
+    for name in names:
+        line = f"{name:<16}"
+        for one in series:
+            row = one.row(name)
+            ratio = f"{row.ratio:>7.1f}" if row.ratio is not None else f"{'-':>7}"
+            line += f"{row.bare_us:>10,.0f}{row.tuckctl_us:>10,.0f}{ratio}"
+        yield line
+
+
+class Counts(NamedTuple):
+    """How many namespaces and mounts to measure with."""
+
+    namespaces: Sequence[int]
+    private: Sequence[int]
+    mounts: Sequence[int]
+    growth_namespaces: int
+    quick: bool
+
+
+class Ground(NamedTuple):
+    """Two targets on one shared mount, and what swaps the second of them."""
+
+    place: Path
+    program: Path
+    images: list[Path]
+    target: Path
+    bare: Bare
+
+    def fill(self, mounts: int) -> None:
+        """Mount something of no interest until the namespace has so many mounts."""
+        missing = mounts - len(listmount())
+        if missing < 0:
+            raise SystemExit(f"there are more than {mounts} mounts already")
+        have = len(list(self.place.glob("filler-*")))
+        with new_mount("tmpfs", []) as mount:
+            for number in range(have, have + missing):
+                filler = self.place / f"filler-{number}"
+                filler.mkdir()
+                with open_tree(mount, clone=True) as clone:
+                    move_mount(clone, AT_FDCWD, os.fsencode(filler))
+
+
+def leave_few_mounts() -> None:
+    """Take off what the work does not need, in this namespace."""
+    needed = [os.path.realpath(path).encode() for path in (sys.prefix, sys.base_prefix, tempfile.gettempdir(), ROOT)]
+    for mount in sorted((look(each) for each in listmount()), key=lambda each: each.point, reverse=True):
+        holds = any((path + b"/").startswith(mount.point.rstrip(b"/") + b"/") for path in needed)
+        if mount.point not in KEPT_MOUNTS and not holds:
+            with contextlib.suppress(KernelError):
+                umount2(mount.point, Umount.DETACH)
+
+
+def run(place: Path, counts: Counts) -> Figures:
     """Measure in this process's own mount namespace; what it mounts goes with it."""
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -246,6 +376,7 @@ def run(place: Path, counts: Sequence[int], *, quick: bool) -> tuple[list[Series
     mount_setattr(AT_FDCWD, b"/", propagation=Propagation.PRIVATE, recursive=True)
     log.threshold = NOTHING
     os.environ.update(TUCKCTL_STATE_DIR=str(place / "state"), TUCKCTL_RUN_DIR=str(place / "run"))
+    leave_few_mounts()
 
     around = place / "around"
     around.mkdir()
@@ -255,54 +386,61 @@ def run(place: Path, counts: Sequence[int], *, quick: bool) -> tuple[list[Series
     for target in targets:
         target.mkdir()
         (target / "in-base").write_text("base\n")
-    for number in range(MOUNTS - len(listmount()) - len(targets)):
-        filler = place / f"filler-{number}"
-        filler.mkdir()
-        with new_mount("tmpfs", []) as mount:
-            move_mount(mount, AT_FDCWD, os.fsencode(filler))
     mount_setattr(AT_FDCWD, os.fsencode(around), propagation=Propagation.SHARED)
 
     program, images = compile_bare(place), make_images(place)
     (place / "bare-state").mkdir()
     # The digest of a file that changed just now is computed again: its time stamps might not tell the next change.
     time.sleep(SETTLED)
-    series, commands = [], []
+    quick, series, growth = counts.quick, [], []
     with Bare(program, targets[1], place / "bare-state") as bare:
+        ground = Ground(place, program, images, targets[0], bare)
         swap(targets[0], images[1])
         bare.swap(images[1])
-        for count in counts:
-            with Peers(program, count):
-                series.append(measure(bare, targets[0], images, count, rounds_for(count, quick=quick)))
-                if count == counts[0]:
-                    commands = command_times(place, targets[0], images, quick=quick)
+        small = [count for count in counts.mounts if count <= MOUNTS]
+        for mounts in small:
+            ground.fill(mounts)
+            growth.append(measure(ground, counts.growth_namespaces, quick=quick))
+        ground.fill(MOUNTS)
+        series += [measure(ground, count, quick=quick) for count in counts.namespaces]
+        series += [measure(ground, count, private=True, quick=quick) for count in counts.private]
+        commands = command_times(place, targets[0], images, quick=quick)
+        for mounts in counts.mounts[len(small) :]:
+            ground.fill(mounts)
+            growth.append(measure(ground, counts.growth_namespaces, quick=quick))
     for target in targets:
         umount2(os.fsencode(target), Umount.DETACH)
-    return series, commands
+    return Figures(series, growth, commands)
 
 
-def in_child(place: Path, counts: Sequence[int], *, quick: bool) -> dict[str, Any]:
+def document_of(figures: Figures) -> dict[str, Any]:
+    def told(one: Series) -> dict[str, Any]:
+        return one._asdict() | {"rows": [row._asdict() | {"ratio": row.ratio} for row in one.rows]}
+
+    return {
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "processors": os.cpu_count(),
+        "python": platform.python_version(),
+        "series": [told(one) for one in figures.series],
+        "growth": [told(one) for one in figures.growth],
+        "bounds": [bound._asdict() | {"ratio": bound.ratio} for bound in figures.bounds()],
+        "commands": [command._asdict() for command in figures.commands],
+    }
+
+
+def in_child(place: Path, counts: Counts) -> dict[str, Any]:
     """Run in a child, so that its namespace and all its mounts end with it."""
     reading, writing = os.pipe2(os.O_CLOEXEC)
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            series, commands = run(place, counts, quick=quick)
-            sys.stdout.write("".join(f"{line}\n" for line in table(series, commands)))
+            figures = run(place, counts)
+            sys.stdout.write("".join(f"{line}\n" for line in table(figures)))
             sys.stdout.flush()
-            document = {
-                "kernel": platform.release(),
-                "machine": platform.machine(),
-                "processors": os.cpu_count(),
-                "python": platform.python_version(),
-                "series": [
-                    one._asdict() | {"rows": [row._asdict() | {"ratio": row.ratio} for row in one.rows]}
-                    for one in series
-                ],
-                "commands": [command._asdict() for command in commands],
-            }
             with os.fdopen(writing, "w") as pipe:
-                json.dump(document, pipe)
+                json.dump(document_of(figures), pipe)
             status = 0
         except SystemExit as end:
             sys.stderr.write(f"{end}\n")
@@ -326,22 +464,32 @@ def in_child(place: Path, counts: Sequence[int], *, quick: bool) -> dict[str, An
     return found
 
 
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",") if word]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Each phase of a swap beside the bare system calls that it needs.")
     parser.add_argument("--quick", action="store_true", help="few rounds: the figures mean little")
-    parser.add_argument("--namespaces", default="1,10,100,1000", help="how many other namespaces, in turn")
+    parser.add_argument(
+        "--namespaces", type=numbers, default="1,10,100,1000", help="how many other namespaces, in turn"
+    )
+    parser.add_argument("--private", type=numbers, default="200,1000", help="how many private ones, in turn")
+    parser.add_argument(
+        "--mounts", type=numbers, default="10,1000,10000", help="how many mounts in each of some namespaces, in turn"
+    )
+    parser.add_argument("--growth-namespaces", type=int, default=GROWTH_NAMESPACES, help="how many those are")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
-    try:
-        counts = [int(word) for word in options.namespaces.split(",")]
-    except ValueError:
-        parser.error("--namespaces: numbers with commas between them")
     if os.geteuid() != 0:
         parser.error("mounting an image needs root")
     place = Path(tempfile.mkdtemp(prefix="tuckctl-bench-", dir=os.environ.get("TUCKCTL_TEST_DISK", "/var/tmp")))
     place.chmod(0o755)
+    counts = Counts(
+        options.namespaces, options.private, sorted(options.mounts), options.growth_namespaces, options.quick
+    )
     try:
-        document = in_child(place, counts, quick=options.quick)
+        document = in_child(place, counts)
     finally:
         shutil.rmtree(place)
     if options.json:

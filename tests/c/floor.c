@@ -356,6 +356,91 @@ static void walk_to_the_end(int from, int (*step)(int, struct tuck_namespace *))
     FAILS(following, ENOENT);
 }
 
+static void *pivot(void *argument) {
+    const char *folder = argument;
+    OK(tuck_unshare(CLONE_FS));
+    OK(tuck_unshare(CLONE_NEWNS));
+    SYS(chdir(folder));
+    FAILS(tuck_pivot_root("absent", "absent"), ENOENT);
+    FAILS(tuck_pivot_root("lower", "lower"), EINVAL);
+    OK(tuck_pivot_root(".", "."));
+    OK(tuck_umount2(".", MNT_DETACH));
+    SYS(chdir("/"));
+    SYS(access("/lower/from-lower", F_OK));
+    return NULL;
+}
+
+static void *replace(void *argument) {
+    struct tuck_replacement *replacement = argument;
+    OK(tuck_unshare(CLONE_FS));
+    tuck_replace(replacement, 1);
+    return NULL;
+}
+
+static void replace_one(struct tuck_replacement *replacement, int placed, int error) {
+    pthread_t thread;
+    TRUE(pthread_create(&thread, NULL, replace, replacement) == 0);
+    TRUE(pthread_join(thread, NULL) == 0);
+    TRUE(replacement->placed == placed);
+    TRUE(replacement->error == error);
+}
+
+static uint64_t id_of_tree(int tree) {
+    uint64_t id = 0;
+    OK(tuck_mount_id(tree, "", AT_EMPTY_PATH, &id));
+    return id;
+}
+
+static void replacements(const char *folder) {
+    int own = SYS(open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC));
+    char point[4096];
+    pthread_t thread;
+    TRUE(pthread_create(&thread, NULL, pivot, (void *)(uintptr_t)folder) == 0);
+    TRUE(pthread_join(thread, NULL) == 0);
+
+    SYS(mkdir("replaced", 0755));
+    mount_tmpfs("replaced");
+    TRUE(snprintf(point, sizeof point, "%s/replaced", folder) < (int)sizeof point);
+    struct tuck_replacement one = {
+        .space = own, .clone = make_tmpfs(), .mount_id = id_of("replaced"), .parent_id = id_of("."), .point = point};
+    uint64_t clone = id_of_tree(one.clone);
+
+    one.space = NO_SUCH_FD;
+    replace_one(&one, 0, -EBADF);
+    one.space = own;
+    one.parent_id = one.mount_id;
+    replace_one(&one, 0, -ESTALE);
+    one.parent_id = id_of(".");
+    one.device = device_of(".");
+    replace_one(&one, 0, -EEXIST);
+    one.device = (struct tuck_dev){0};
+    one.mount_id = id_of(".");
+    replace_one(&one, 0, -ESTALE);
+    one.mount_id = id_of("replaced");
+    SYS(mkdir("replaced/above", 0755));
+    mount_tmpfs("replaced/above");
+    replace_one(&one, 0, -EBUSY);
+    OK(tuck_umount2("replaced/above", 0));
+
+    int used = SYS(open("replaced", O_RDONLY | O_CLOEXEC));
+    replace_one(&one, 1, -EBUSY);
+    TRUE(id_of("replaced") == one.mount_id);
+    close(used);
+    OK(tuck_umount2("replaced", 0));
+    TRUE(id_of("replaced") == clone);
+    close(one.clone);
+
+    one.clone = make_tmpfs();
+    one.mount_id = clone;
+    clone = id_of_tree(one.clone);
+    replace_one(&one, 1, 0);
+    TRUE(id_of("replaced") == clone);
+    close(one.clone);
+    OK(tuck_umount2("replaced", 0));
+    SYS(rmdir("replaced"));
+    close(own);
+}
+
 static void namespaces(void) {
     int file = SYS(open("lower/from-lower", O_RDONLY | O_CLOEXEC));
     int own = SYS(open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC));
@@ -415,6 +500,26 @@ static void namespaces(void) {
         TRUE((info.id >= own_id) == above || info.id == own_id);
         close(there);
         close(back);
+        uint64_t wanted[2] = {1, made.ret_seen}, found_id = 0;
+        int sought = FD(tuck_namespace_seek(own, above, wanted, 2, &found_id));
+        TRUE(found_id == made.ret_seen);
+        close(sought);
+        FAILS(tuck_namespace_seek(own, !above, wanted, 2, &found_id), ENOENT);
+        FAILS(tuck_namespace_seek(own, above, wanted, 0, &found_id), ENOENT);
+
+        int64_t everywhere = OK(tuck_find_everywhere(own, 0, &device, 1, 1, NULL, 0, matches, 16, &unseen));
+        TRUE(everywhere >= 2 && everywhere <= 16 && unseen == 0);
+        TRUE(matches[0].namespace_id == own_id && matches[0].mount_id == id_of("."));
+        TRUE(OK(tuck_find_everywhere(own, 0, &device, 1, 0, NULL, 0, NULL, 0, &unseen)) == everywhere);
+        struct tuck_match again[16];
+        uint64_t newest = 0;
+        for (int64_t i = 0; i < everywhere; i++)
+            newest = matches[i].mount_id > newest ? matches[i].mount_id : newest;
+        size_t known = (size_t)everywhere;
+        TRUE(OK(tuck_find_everywhere(own, 0, &device, 1, 1, matches, known, again, 16, &unseen)) == everywhere);
+        TRUE(again[0].namespace_inode == matches[0].namespace_inode && again[0].owner == matches[0].owner);
+        TRUE(OK(tuck_find_everywhere(own, newest, &device, 1, 1, NULL, 0, again, 16, &unseen)) == 0);
+        FAILS(tuck_find_everywhere(file, 0, &device, 1, 1, NULL, 0, matches, 16, &unseen), ENOTTY);
         walk_to_the_end(own, tuck_namespace_next);
         walk_to_the_end(own, tuck_namespace_previous);
         int64_t count = OK(tuck_list_namespaces(own, all, 256));
@@ -427,6 +532,8 @@ static void namespaces(void) {
         FAILS(tuck_namespace_next(own, &info), EPERM);
         FAILS(tuck_namespace_previous(own, &info), EPERM);
         FAILS(tuck_list_namespaces(own, all, 256), EPERM);
+        FAILS(tuck_namespace_seek(own, 1, &own_id, 1, &none), EPERM);
+        FAILS(tuck_find_everywhere(own, 0, &device, 1, 1, NULL, 0, matches, 16, &unseen), EPERM);
     }
     close(made.ret_made);
     close(own);
@@ -555,7 +662,7 @@ static void copy_program(const char *to) {
 static void holders(void) {
     int hands[2], ready[2];
     char byte, number[16];
-    uint64_t counted[6] = {0};
+    uint64_t counted[6] = {0}, by_device = 0;
     struct tuck_holder found[256];
     size_t unseen = 0;
 
@@ -587,21 +694,27 @@ static void holders(void) {
     TRUE(count > 0 && count <= 256);
     for (int64_t i = 0; i < count; i++) {
         TRUE(found[i].pid == child && found[i].kind >= 0 && found[i].kind < 6);
+        TRUE(found[i].thread == child);
         counted[found[i].kind]++;
         if (found[i].kind == TUCK_HOLD_MAP)
             TRUE(found[i].end > found[i].number);
+        if (found[i].mount_id == 0) {
+            TRUE(found[i].device.major == device.major && found[i].device.minor == device.minor);
+            by_device++;
+        }
     }
     TRUE(counted[TUCK_HOLD_FD] == 1);
     TRUE(counted[TUCK_HOLD_CWD] == 1);
     TRUE(counted[TUCK_HOLD_ROOT] == 0);
     TRUE(counted[TUCK_HOLD_EXE] == 1);
     TRUE(counted[TUCK_HOLD_WATCH] == 1);
-    /* Only a process with rights in the first user namespace may follow what is mapped. */
-    TRUE(!privileged || counted[TUCK_HOLD_MAP] >= 1);
+    /* Only a process with rights in the first user namespace may follow what is mapped; else its device tells. */
+    TRUE(counted[TUCK_HOLD_MAP] >= 1);
+    TRUE(by_device == (privileged ? 1 : 1 + counted[TUCK_HOLD_MAP]));
     TRUE(OK(tuck_find_holders(proc, &id, 1, &device, 1, NULL, 0, &unseen)) == count);
     TRUE(OK(tuck_find_holders(proc, NULL, 0, NULL, 0, found, 256, &unseen)) == 0);
     uint64_t others[3] = {1, id, UINT64_MAX};
-    TRUE(OK(tuck_find_holders(proc, others, 3, NULL, 0, found, 256, &unseen)) == count - 1);
+    TRUE(OK(tuck_find_holders(proc, others, 3, NULL, 0, found, 256, &unseen)) == count - (int64_t)by_device);
     FAILS(tuck_find_holders(NO_SUCH_FD, &id, 1, NULL, 0, found, 256, &unseen), EBADF);
     int file = SYS(open("lower/from-lower", O_RDONLY | O_CLOEXEC));
     FAILS(tuck_find_holders(file, &id, 1, NULL, 0, found, 256, &unseen), ENOTDIR);
@@ -782,6 +895,7 @@ int main(int count, char **arguments) {
     trees();
     the_swap();
     what_is_mounted();
+    replacements(arguments[1]);
     namespaces();
     loop_failures();
     bool all = true;

@@ -16,7 +16,7 @@ CODE = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 ROW = re.compile(r"^\| `([a-z0-9-]+)` \|(?: ([0-9, ]+) \|)? .* \|$", re.MULTILINE)
 CLASSES = {name: kind for name, kind in vars(errors).items() if name.endswith("Error")}
 # Where the codes of warnings and of images' flaws are made.
-OTHERS = {"Flaw": 5, "Problem": None, "warn": None, "_refuse": 3}
+OTHERS = {"Flaw": 5, "Problem": None, "warn": None, "_refuse": 3, "Finding": None, "_add": None, "_add_there": None}
 ANY = "[a-z-]+"
 
 
@@ -31,8 +31,20 @@ def name_of(function: ast.expr) -> str:
     )
 
 
-def words(node: ast.expr) -> str:
+def constants() -> dict[str, str]:
+    """The names that stand for a code everywhere."""
+    found = {}
+    for path in (ROOT / "tuckctl").rglob("*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and words(node.value):
+                found[node.targets[0].id] = words(node.value)
+    return found
+
+
+def words(node: ast.expr, known: dict[str, str] | None = None) -> str:
     """The code that an expression is, as a pattern; nothing where it is a variable."""
+    if known is not None and isinstance(node, ast.Name):
+        return known.get(node.id, "")
     if isinstance(node, ast.Constant) and isinstance(node.value, str) and CODE.fullmatch(node.value):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -43,6 +55,7 @@ def words(node: ast.expr) -> str:
 def in_source() -> list[tuple[str, int | None, str]]:
     """Each code as a pattern, the exit code where the call tells it, and where it is."""
     found = []
+    known = constants()
     for path in (ROOT / "tuckctl").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             first: ast.expr | None = None
@@ -58,8 +71,8 @@ def in_source() -> list[tuple[str, int | None, str]]:
                 hint = node.elts[1]
                 is_hint = isinstance(hint, ast.Constant) and (hint.value is None or " " in str(hint.value))
                 first = node.elts[0] if is_hint and "-" in words(node.elts[0]) else None
-            if first is not None and words(first):
-                found.append((words(first), exit_code, f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"))
+            if first is not None and words(first, known):
+                found.append((words(first, known), exit_code, f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"))
     return found
 
 

@@ -16,13 +16,16 @@ import stat
 import subprocess
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
 from tests.kernel.lab import in_own_namespace, run
 from tuckctl.kernel.flags import AT_FDCWD
 from tuckctl.kernel.syscalls import move_mount, open_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 PACKAGES = ("netbase", "nginx", "openssh-server")
 _PATH = "/usr/sbin:/usr/bin:/sbin:/bin"
@@ -57,12 +60,13 @@ def _cache() -> Path:
     return (Path(named) if named.startswith("/") else Path.home() / ".cache") / "tuckctl-tests"
 
 
-def debian_tree() -> Path:
-    """Return a tree as debootstrap makes it; nobody may write to it."""
-    uri, release = _source()
+def debian_tree(release: str | None = None, packages: Sequence[str] = PACKAGES) -> Path:
+    """Return a tree as debootstrap makes it, of this machine's release or another one; nobody may write to it."""
+    uri, own = _source()
+    release = release or own
     if shutil.which("debootstrap") is None:
         pytest.skip("debootstrap is missing")
-    key = hashlib.sha256("\n".join((uri, *PACKAGES, *_NOT_NEEDED)).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join((uri, *packages, *_NOT_NEEDED)).encode()).hexdigest()[:16]
     cache = _cache()
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     tree = cache / f"{release}-{key}"
@@ -71,14 +75,14 @@ def debian_tree() -> Path:
         if not tree.exists():
             draft = cache / f"{tree.name}.draft"
             shutil.rmtree(draft, ignore_errors=True)
-            in_own_namespace(_install, draft, release, uri)
+            in_own_namespace(_install, draft, release, uri, packages)
             draft.rename(tree)
     return tree
 
 
-def _install(draft: Path, release: str, uri: str) -> None:
-    packages = ",".join(PACKAGES)
-    said = run("debootstrap", "--variant=minbase", f"--include={packages}", release, draft, uri, ok=False)
+def _install(draft: Path, release: str, uri: str, packages: Sequence[str]) -> None:
+    wanted = ",".join(packages)
+    said = run("debootstrap", "--variant=minbase", f"--include={wanted}", release, draft, uri, ok=False)
     if not said.endswith("I: Base system installed successfully.\n"):
         pytest.skip(f"debootstrap: {said[-500:]}")
     for name in _NOT_NEEDED:

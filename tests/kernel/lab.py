@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import os
 import pickle
+import platform
 import signal
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import mount_setattr, move_mount, unshare
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Sequence
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="mounting a filesystem needs root")
 
@@ -32,6 +33,8 @@ _T = TypeVar("_T")
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _NOBODY = 65534
 _PATIENCE = 10.0
+# Where linux/seccomp.h has the call's number, and the lower half of its second argument on a little-endian machine.
+_NUMBER, _SECOND_ARGUMENT = 0, 24
 _PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 
 
@@ -234,9 +237,29 @@ def _end_children() -> list[str]:
     return left
 
 
+def may_see_every_process() -> bool:
+    """Whether the machine lets root look at the namespaces of all: some sandboxes keep their own process from it."""
+    try:
+        return all(os.stat(f"/proc/{name}/ns/mnt") for name in os.listdir("/proc") if name.isdigit())
+    except PermissionError:
+        return False
+
+
 def deny_syscall(number: int, error: int = 38) -> None:
     """Make one system call fail for the rest of this process, as on a kernel that lacks it (seccomp(2), BPF)."""
-    ld_syscall, jump_if_equal, give, allow, fail = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000
+    _deny([(_NUMBER, number)], error)
+
+
+def deny_ioctls(commands: Iterable[int], error: int = 25) -> None:
+    """Make some ioctl(2) commands fail for the rest of this process, as on a kernel that lacks them."""
+    number = {"x86_64": 16}.get(platform.machine(), 29)
+    for command in commands:
+        _deny([(_NUMBER, number), (_SECOND_ARGUMENT, command)], error)
+
+
+def _deny(tests: Sequence[tuple[int, int]], error: int) -> None:
+    """Make a call fail of which the words at some offsets of struct seccomp_data have some values."""
+    load, jump_if_equal, give, allow, fail = 0x20, 0x15, 0x06, 0x7FFF0000, 0x00050000
 
     class Instruction(ctypes.Structure):
         _fields_ = (("code", ctypes.c_ushort), ("yes", ctypes.c_ubyte), ("no", ctypes.c_ubyte), ("k", ctypes.c_uint))
@@ -244,13 +267,15 @@ def deny_syscall(number: int, error: int = 38) -> None:
     class Program(ctypes.Structure):
         _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(Instruction)))
 
-    code = (Instruction * 4)(
-        Instruction(ld_syscall, 0, 0, 0),
-        Instruction(jump_if_equal, 0, 1, number),
-        Instruction(give, 0, 0, fail | error),
-        Instruction(give, 0, 0, allow),
-    )
+    steps = []
+    for index, (offset, value) in enumerate(tests):
+        steps += [
+            Instruction(load, 0, 0, offset),
+            Instruction(jump_if_equal, 0, 2 * (len(tests) - index) - 1, value),
+        ]
+    steps += [Instruction(give, 0, 0, fail | error), Instruction(give, 0, 0, allow)]
+    code = (Instruction * len(steps))(*steps)
     libc = ctypes.CDLL(None, use_errno=True)
     no_new_privileges, set_seccomp, filter_mode = 38, 22, 2
     assert libc.prctl(no_new_privileges, 1, 0, 0, 0) == 0
-    assert libc.prctl(set_seccomp, filter_mode, ctypes.byref(Program(4, code)), 0, 0) == 0
+    assert libc.prctl(set_seccomp, filter_mode, ctypes.byref(Program(len(steps), code)), 0, 0) == 0

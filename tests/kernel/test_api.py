@@ -41,6 +41,11 @@ RECEIVER = {
     "pids": [(int,)],
     "unit": TEXT,
     "container": TEXT,
+    "flags": [NAME],
+    "propagation": NAME,
+    "submounts": [NAME],
+    "covered_by": TEXT,
+    "user_namespace": NUMBER,
 }
 HOLDER = {
     "pid": (int,),
@@ -75,6 +80,7 @@ STATUS = FRAME | {
             "receivers": [RECEIVER],
             "unseen": (int,),
             "base": TEXT,
+            "stack": [{"mount_id": (int,), "generation": NUMBER, "fstype": NAME, "source": NAME}],
         }
     ]
 }
@@ -89,6 +95,7 @@ HISTORY = FRAME | {
             "created": NAME,
             "transaction": NAME,
             "outcome": NAME,
+            "who": {"uid": (int,), "user": TEXT, "unit": TEXT},
         }
     ],
 }
@@ -199,7 +206,7 @@ def partial(ground: Ground) -> Any:
     ground.swap("a")
     space = Space("private", b"/")
     try:
-        ground.swap("b")
+        ground.swap("b", receivers="report")
     finally:
         space.close()
 

@@ -3,18 +3,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import mmap
 import os
+import platform
 import shutil
-from typing import TYPE_CHECKING
+import signal
+import threading
+from typing import TYPE_CHECKING, Literal
 
 import pytest
 
 import tuckctl
-from tests.kernel.lab import needs_root
-from tests.kernel.scenes import Scene, in_scene, mount_on, read, settle, wait_until
-from tuckctl.kernel.flags import Propagation
+from tests.kernel.lab import become_nobody, needs_root
+from tests.kernel.scenes import Scene, bind, end, in_scene, mount_on, read, settle, take_off, wait_until
+from tuckctl import holding
+from tuckctl.errors import PartialError
+from tuckctl.kernel.flags import Clone, Propagation
+from tuckctl.kernel.syscalls import unshare
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tuckctl.results import Holder
 
 pytestmark = needs_root
@@ -159,5 +170,159 @@ def test_a_device_number_that_is_used_again_makes_no_watch_a_holder(disk: bytes)
             return  # another filesystem on the machine was quicker
         scene.hold(other, "watch")
         settle(lambda: tuckctl.holders(scene.target).holders == ())
+
+    in_scene(disk, work)
+
+
+class Threads:
+    """A process whose second thread has descriptors, a working directory and a root of its own, if so wanted."""
+
+    def __init__(self, scene: Scene, *, own: bool, first_ends: bool, use: Callable[[], object]) -> None:
+        ready, telling = os.pipe2(os.O_CLOEXEC)
+        self.pid = os.fork()
+        if self.pid == 0:
+
+            def second() -> None:
+                with contextlib.suppress(BaseException):
+                    if own:
+                        unshare(Clone.FS | _OWN_FILES)
+                    kept = use()
+                    os.write(telling, b"1")
+                    signal.pause()
+                    del kept
+                os._exit(1)
+
+            threading.Thread(target=second).start()
+            if first_ends:
+                # This thread alone; what Python would do at its end needs the other one.
+                ctypes.CDLL(None).syscall(_EXIT[platform.machine()], 0)
+            signal.pause()
+        os.close(telling)
+        assert os.read(ready, 1) == b"1"
+        os.close(ready)
+        if first_ends:
+            wait_until(lambda: b"Z" in read(b"/proc/%d/stat" % self.pid).rpartition(b")")[2])
+        scene.closing.callback(self.close)
+
+    def close(self) -> None:
+        if self.pid:
+            end(self.pid)
+        self.pid = 0
+
+
+_OWN_FILES = Clone(0x400)
+_EXIT = {"x86_64": 60, "aarch64": 93, "riscv64": 93}
+
+
+def _watch(path: bytes) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd: int = libc.inotify_init1(0)
+    assert libc.inotify_add_watch(fd, path, 0x2) > 0
+    return fd
+
+
+def _map(path: bytes) -> mmap.mmap:
+    fd = os.open(path, os.O_RDONLY)
+    mapped = mmap.mmap(fd, 0, prot=mmap.PROT_READ)
+    os.closerange(fd, fd + 2)  # its own duplicate as well
+    return mapped
+
+
+_USES: dict[str, Callable[[bytes], object]] = {
+    "fd": lambda path: os.open(path, os.O_RDONLY),
+    "cwd": os.chdir,
+    "watch": _watch,
+}
+
+
+@pytest.mark.parametrize("first_ends", [False, True], ids=["", "first thread ended"])
+@pytest.mark.parametrize("kind", _USES)
+def test_what_one_thread_alone_has_is_found(disk: bytes, kind: str, *, first_ends: bool) -> None:
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        threads = Threads(scene, own=True, first_ends=first_ends, use=lambda: _USES[kind](scene.target + b"/sub"))
+        # A watch keeps nothing in use: a descriptor does.
+        keeper = scene.hold(b"file")
+        for found in (scene.swap("b").targets[0].holders, tuckctl.holders(scene.target).holders):
+            wanted = (threads.pid, kind, scene.target if kind == "watch" else scene.target + b"/sub")
+            assert wanted in [(each.pid, each.kind, each.path) for each in found]
+        threads.close()
+        assert pids(scene) == [keeper.pid]
+
+    in_scene(disk, work)
+
+
+@pytest.mark.parametrize("kind", ["fd", "map"])
+def test_a_process_whose_first_thread_has_ended_is_a_holder_all_the_same(disk: bytes, kind: str) -> None:
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        use = {"fd": _USES["fd"], "map": _map}[kind]
+        threads = Threads(scene, own=False, first_ends=True, use=lambda: use(scene.target + b"/which"))
+        (found,) = scene.swap("b").targets[0].holders
+        assert (found.pid, found.kind, found.path) == (threads.pid, kind, scene.target + b"/which")
+
+    in_scene(disk, work)
+
+
+def test_what_all_threads_share_is_told_of_once(disk: bytes) -> None:
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        Threads(scene, own=False, first_ends=False, use=lambda: os.open(scene.target + b"/which", os.O_RDONLY))
+        assert len(scene.swap("b").targets[0].holders) == 1
+
+    in_scene(disk, work)
+
+
+@pytest.mark.parametrize(("receivers", "state"), [("converge", "converged"), ("report", "stale")])
+def test_who_uses_a_receiver_that_did_not_follow_is_found_wherever_it_is_mounted(
+    disk: bytes, receivers: Literal["converge", "report"], state: str
+) -> None:
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        space = scene.space("private")
+        elsewhere = scene.disk + b"/elsewhere"
+        os.mkdir(elsewhere)
+        space.do(lambda: bind(scene.target + b"/sub", elsewhere))
+        whole = scene.hold(b"which", "fd", space)
+        part = scene.hold(elsewhere + b"/a", "fd", space)
+        wanted = {(whole.pid, scene.target + b"/which"), (part.pid, scene.target + b"/sub/a")}
+        try:
+            result = scene.swap("b", receivers=receivers)
+        except PartialError as error:
+            assert receivers == "report"
+            result = error.result
+        assert sorted(each.state for each in result.targets[0].receivers) == [state, state, "updated"]
+        assert {(each.pid, each.path) for each in result.targets[0].holders} == wanted
+        assert {(each.pid, each.path) for each in tuckctl.holders(scene.target).holders} == wanted
+        if state == "stale":
+            # Who is left may open more, and the administrator may detach what it is left on.
+            late = scene.hold(b"file", "fd", space)
+            wanted.add((late.pid, scene.target + b"/file"))
+            assert {(each.pid, each.path) for each in tuckctl.holders(scene.target).holders} == wanted
+            space.do(lambda: take_off(elsewhere))
+            space.do(lambda: take_off(scene.target))
+            assert {(each.pid, each.path) for each in tuckctl.holders(scene.target).holders} == wanted
+            scene.let_go(late)
+        for holder in (whole, part):
+            scene.let_go(holder)
+        assert tuckctl.holders(scene.target).holders == ()
+
+    in_scene(disk, work)
+
+
+def test_a_process_that_may_not_be_looked_into_is_counted(disk: bytes) -> None:
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        scene.hold()
+        scene.swap("b")
+        # Another user's process, to one who has no rights over it.
+        child = os.fork()
+        if child == 0:
+            become_nobody()
+            found = holding.search(scene.target, [scene.top.id], [])
+            problem = found.problem(scene.target)
+            told = problem is not None and problem.code == "processes-unseen"
+            os._exit(0 if found.unseen > 0 and told else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
     in_scene(disk, work)

@@ -14,9 +14,6 @@ import tuckctl
 from tests.kernel import lab
 from tests.kernel.scenes import Scene, Space, bind, take_off
 from tuckctl.errors import PartialError
-from tuckctl.kernel.flags import AT_FDCWD, MountAttr
-from tuckctl.kernel.syscalls import mount_id, mount_setattr
-from tuckctl.target import look
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,10 +38,10 @@ def test_a_private_copy_of_an_earlier_generation_is_told_by_every_later_command(
         with Scene(disk) as scene:
             scene.swap("a")
             space = Space("private", scene.around)
-            found: list[object] = [_outcome(partial(scene.swap, name)) for name in ("b", "a", "b")]
-            found.append(_outcome(lambda: tuckctl.rollback(scene.target)))
+            found: list[object] = [_outcome(partial(scene.swap, name, receivers="report")) for name in ("b", "a", "b")]
+            found.append(_outcome(lambda: tuckctl.rollback(scene.target, receivers="report")))
             found.append([target.state for target in tuckctl.status(scene.target).targets])
-            found.append(_outcome(lambda: tuckctl.detach(scene.target)))
+            found.append(_outcome(lambda: tuckctl.detach(scene.target, receivers="report")))
             space.close()
             found.append(_outcome(lambda: scene.swap("a")))
             found.append([target.state for target in tuckctl.status(scene.target).targets])
@@ -60,7 +57,7 @@ def test_an_image_that_is_live_already_is_no_reason_to_call_everybody_served(dis
             first, second = scene.file("a"), scene.file("b")
             tuckctl.swap(scene.target, [first])
             scene.space("private")
-            return [_outcome(lambda: tuckctl.swap(scene.target, [second])) for _ in range(2)]
+            return [_outcome(lambda: tuckctl.swap(scene.target, [second], receivers="report")) for _ in range(2)]
 
     left = (6, [("stale", 1, "private")])
     assert lab.in_own_namespace(work) == [left, left]
@@ -71,7 +68,8 @@ def test_a_directory_that_is_the_content_by_itself_is_remembered_too(disk: bytes
         with Scene(disk) as scene:
             scene.swap("a", base="none")
             scene.space("private")
-            found: list[object] = [_outcome(partial(scene.swap, name, base="none")) for name in ("b", "c")]
+            swap = partial(scene.swap, base="none", receivers="report")
+            found: list[object] = [_outcome(partial(swap, name)) for name in ("b", "c")]
             found.append([target.state for target in tuckctl.status(scene.target).targets])
             return found
 
@@ -92,33 +90,18 @@ def test_a_bind_of_the_image_directory_is_no_receiver(disk: bytes) -> None:
     assert lab.in_own_namespace(work) == (0, [])
 
 
-def test_a_receiver_that_has_restricted_its_copy_is_not_made_weaker(disk: bytes) -> None:
-    def work() -> tuple[str, int, bool, str]:
+def test_who_was_left_is_brought_by_the_next_swap(disk: bytes) -> None:
+    def work() -> list[object]:
         with Scene(disk) as scene:
             scene.swap("a")
-            space = scene.space("slave")
-            space.do(lambda: mount_setattr(AT_FDCWD, scene.target, set_=MountAttr.NOEXEC))
-            with scene.unchanged():
-                error = scene.failure("b")
-            done = scene.swap("b", options="noexec")
-            strict = space.do(lambda: look(mount_id(AT_FDCWD, scene.target))).attributes
-            return error.code, error.exit_code, bool(strict & MountAttr.NOEXEC), done.outcome
+            scene.space("private")
+            found: list[object] = [_outcome(partial(scene.swap, name, receivers="report")) for name in ("b", "c")]
+            found.append(_outcome(lambda: scene.swap("d")))
+            found.append([target.state for target in tuckctl.status(scene.target).targets])
+            return found
 
-    assert lab.in_own_namespace(work) == ("receiver-is-stricter", 4, True, "swapped")
-
-
-def test_a_copy_that_is_unlocked_in_a_user_namespace_is_a_hazard(disk: bytes) -> None:
-    def work() -> tuple[set[tuple[str, ...]], list[str]]:
-        with Scene(disk) as scene:
-            scene.swap("a")
-            scene.space("user")
-            result = scene.swap("b")
-            hazards = {receiver.hazards for receiver in result.targets[0].receivers}
-            return hazards, [warning.code for warning in result.warnings]
-
-    hazards, warnings = lab.in_own_namespace(work)
-    assert hazards == {(), ("unlocked-in-user-namespace",)}
-    assert "unlocked-in-user-namespace" in warnings
+    left = (6, [("stale", 1, "private")])
+    assert lab.in_own_namespace(work) == [left, left, (0, [("converged", 4, "private")]), ["live"]]
 
 
 @pytest.mark.parametrize("live", [True, False])
@@ -140,7 +123,7 @@ def test_in_a_private_copy_of_pid_1s_mount_nothing_is_done(disk: bytes) -> None:
 
     def work() -> tuple[str, int]:
         with Scene(disk) as scene:
-            scene.swap("a")
+            assert scene.failure("a").code == "namespaces-unseen"
             space = scene.space("private")
             with scene.unchanged():
                 error = space.do(lambda: scene.failure("b"))

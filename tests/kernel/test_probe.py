@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 from tests.kernel import lab
 from tuckctl.commands import swap
 from tuckctl.errors import TuckError, UnsupportedError
-from tuckctl.kernel.probe import NEEDED, Feature, probe, refuse_unsupported
+from tuckctl.kernel.probe import NEEDED, probe, refuse_unsupported
+
+if TYPE_CHECKING:
+    from tuckctl.results import Feature
 
 
 @lab.needs_root

@@ -507,7 +507,7 @@ def test_an_interrupted_write_leaves_the_old_record_and_no_files_that_pile_up(di
             killed = os.fork()
             if killed == 0:
                 # Killed where the drafts are written and nothing is tucked yet.
-                vars(transaction)["run"] = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+                vars(transaction)["run"] = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
                 ground.swap("b")
                 os._exit(0)
             _, status = os.waitpid(killed, 0)

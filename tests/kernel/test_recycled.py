@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
@@ -19,8 +19,6 @@ from tuckctl.kernel.syscalls import mount_setattr, move_mount, open_tree, umount
 from tuckctl.receivers import observe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from tuckctl.receivers import Sight
 
 pytestmark = needs_root
@@ -46,13 +44,13 @@ def replace_while_others_mount(disk: bytes, base: str) -> list[str]:
 
     mounted = 0
 
-    def look_later(devices: Iterable[tuple[int, int]], after: int = 0) -> Sight:
+    def look_later(*asked: Any, **more: Any) -> Sight:
         nonlocal mounted
         for _ in range(8):
             with new_mount("tmpfs", [], MountAttr(0)) as mount:
                 move_mount(mount, AT_FDCWD, elsewhere)
             mounted += 1
-        return observe(devices, after)
+        return observe(*asked, **more)
 
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())

@@ -198,7 +198,7 @@ def test_two_overlays_of_the_tool_on_one_another_are_incomplete(disk: bytes) -> 
             error = failure(lambda: ground.swap("b"))
         assert (error.code, error.exit_code, error.outcome) == ("interrupted", 7, "incomplete")
         assert error.hint is not None
-        assert error.hint.startswith(f"umount {ground.target.decode()} ")
+        assert error.hint == f"tuckctl recover {ground.target.decode()}"
         shown = tuckctl.status(ground.target)
         assert shown.targets[0].state == "incomplete"
         assert [warning.code for warning in shown.warnings] == ["interrupted"]

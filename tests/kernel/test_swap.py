@@ -7,15 +7,14 @@ import os
 import re
 import signal
 import threading
-import time
 from itertools import product
 from typing import TYPE_CHECKING
 
 import pytest
 
 import tuckctl
-from tests.kernel.lab import needs_root, run
-from tests.kernel.scenes import Scene, end, in_scene, traced, wait_until
+from tests.kernel.lab import needs_root
+from tests.kernel.scenes import Scene, in_scene, traced
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,11 +85,24 @@ def test_every_receiver_is_told_of(disk: bytes, kind: str) -> None:
     in_scene(disk, work)
 
 
-def test_a_private_copy_is_named_and_the_exit_code_is_6(disk: bytes) -> None:
+def test_a_private_copy_is_brought_and_named(disk: bytes) -> None:
     def work(scene: Scene) -> None:
         scene.swap("a")
         space = scene.space("private")
-        error = scene.failure("b")
+        result = scene.swap("b")
+        (brought,) = (receiver for receiver in result.targets[0].receivers if receiver.state != "updated")
+        assert (brought.namespace, brought.state, brought.reason) == (space.inode, "converged", "private")
+        assert (brought.generation, brought.pids) == (2, (space.pid,))
+        assert scene.everywhere() == [b"b", b"b"]
+
+    in_scene(disk, work)
+
+
+def test_under_report_a_private_copy_is_named_and_the_exit_code_is_6(disk: bytes) -> None:
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        space = scene.space("private")
+        error = scene.failure("b", receivers="report")
         assert (error.code, error.exit_code, error.outcome) == ("receivers-left-behind", 6, "partial")
         (stale,) = (receiver for receiver in error.result.targets[0].receivers if receiver.state == "stale")
         assert (stale.namespace, stale.reason, stale.generation) == (space.inode, "private", 1)
@@ -185,41 +197,3 @@ def test_the_callers_process_is_as_it_was(disk: bytes) -> None:
         assert facts() == before
 
     in_scene(disk, work)
-
-
-@pytest.mark.parametrize("lazy", [False, True])
-@pytest.mark.parametrize("parent", ["shared", "private"])
-def test_a_swap_that_was_killed_before_its_reveal_is_finished_by_an_unmount(
-    disk: bytes, parent: str, *, lazy: bool
-) -> None:
-    def work(scene: Scene) -> None:
-        scene.swap("a")
-        if parent == "shared":
-            scene.space("peer"), scene.space("slave")
-        holder = scene.hold()
-        killed = os.fork()
-        if killed == 0:
-            try:
-                scene.swap("b", busy="wait", timeout=60.0)
-            finally:
-                os._exit(1)
-        wait_until(lambda: len(scene.stack) == 2)
-        time.sleep(0.2)
-        end(killed)
-        assert set(scene.everywhere()) == {b"a"}
-        error = scene.failure("c")
-        assert (error.code, error.exit_code) == ("interrupted", 7)
-        assert "umount " + scene.target.decode() in (error.hint or "")
-        if not lazy:
-            scene.let_go(holder)
-        run("umount", *(["--lazy"] if lazy else []), scene.target)
-        assert set(scene.everywhere()) == {b"b"}
-        shown = tuckctl.status(scene.target)
-        assert (shown.targets[0].state, shown.targets[0].generation, shown.warnings) == ("live", 2, ())
-        result = scene.swap("c")
-        assert (result.targets[0].generation, result.targets[0].previous) == (3, 2)
-        assert set(scene.everywhere()) == {b"c"}
-        assert tuckctl.rollback(scene.target).targets[0].generation == 2
-        assert set(scene.everywhere()) == {b"b"}
-
-    in_scene(disk, work, parent)

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tuckctl.errors import RefusedError, UsageError
-from tuckctl.kernel.flags import MountAttr
+from tuckctl.kernel.flags import MountAttr, option_names
 from tuckctl.overlay import generation_of, is_ours, source_file_name, source_name
-from tuckctl.plan import option_names, parse_options, refuse_capabilities, refuse_layers
+from tuckctl.plan import parse_options, refuse_capabilities, refuse_layers
 
 WORDS = ["ro", "nosuid", "nodev", "noexec", "nodiratime", "nosymfollow"]
 OPPOSITES = ["rw", "suid", "dev", "exec", "diratime", "symfollow"]

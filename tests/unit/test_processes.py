@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tuckctl.processes import Owner, owner_in, remedy
+from tuckctl.processes import Owner, oldest, owner_in, remedy, watched_by
 
 ID = "4f1c9a" + "0" * 57 + "e"
+OTHER = "0b7d2e" + "1" * 58
 KUBE = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1a2b.slice"
 
 
@@ -41,6 +44,24 @@ KUBE = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1a2b.slic
         (f"0::/docker/{ID}/system.slice/cron.service", "cron.service", ID, "docker"),
         (f"0::{KUBE}/cri-containerd-{ID}.scope", f"cri-containerd-{ID}.scope", ID, "crictl"),
         (f"0::{KUBE}/crio-{ID}.scope/container", f"crio-{ID}.scope", ID, "crictl"),
+        (f"0::/kubepods/burstable/pod1a2b/{ID}", None, ID, "crictl"),
+        (f"0::/kubepods/pod1a2b/{ID}", None, ID, "crictl"),
+        (f"0::/kubepods/besteffort/pod1a2b/crio-{ID}", None, ID, "crictl"),
+        (
+            f"0::/system.slice/containerd.service/kubepods-burstable-pod1a2b.slice:cri-containerd:{ID}",
+            "containerd.service",
+            ID,
+            "crictl",
+        ),
+        (f"0::/machine.slice/libpod-conmon-{ID}.scope", f"libpod-conmon-{ID}.scope", ID, "podman"),
+        (f"9:name=systemd:/libpod_parent/libpod-{ID}\n0::/", None, ID, "podman"),
+        (f"0::/libpod_parent/{OTHER}/libpod-{ID}", None, ID, "podman"),
+        (f"0::/machine.slice/machine-libpod_pod_{OTHER}.slice/libpod-{ID}.scope", f"libpod-{ID}.scope", ID, "podman"),
+        (f"4:memory:/docker/{ID}\n2:cpu:/docker/{ID}\n0::/", None, ID, "docker"),
+        (f"0::/docker/{ID}/docker/{OTHER}", None, ID, "docker"),
+        (f"0::/lxc.payload.web/system.slice/docker-{ID}.scope", f"docker-{ID}.scope", "web", "lxc"),
+        (f"0::/docker/{ID}/machine.slice/libpod-{OTHER}.scope", f"libpod-{OTHER}.scope", ID, "docker"),
+        (f"9:name=systemd:/default/{ID}\n0::/", None, None, None),
         ("0::/lxc.payload.web/system.slice/ssh.service", "ssh.service", "web", "lxc"),
         ("0::/lxc/web/init.scope", "init.scope", "web", "lxc"),
         (
@@ -64,6 +85,39 @@ def test_unit_and_container_are_read_as_each_engine_writes_them(
     assert owner_in(cgroups + "\n") == Owner(unit, container, engine)
 
 
+def test_a_container_that_is_part_of_a_unit_is_restarted_by_the_unit() -> None:
+    owner = owner_in(f"0::/system.slice/web.service/libpod-payload-{ID}/system.slice/ssh.service\n")
+    assert owner == Owner("web.service", ID, "podman", by_unit=True)
+    assert remedy(7, owner) == "systemctl restart web.service"
+
+
+CONMON = "conmon --api-version 1 -c {id} -u {other} -r /usr/bin/crun -n a --exit-dir {exits} --full-attach -c {other}"
+
+
+@pytest.mark.parametrize(
+    ("words", "owner"),
+    [
+        (
+            f"{CONMON} --exit-command /usr/bin/podman --exit-command-arg container --exit-command-arg cleanup",
+            Owner(None, ID, "podman"),
+        ),
+        (CONMON, None),
+        (CONMON.replace("{exits}", "/var/run/crio/exits"), Owner(None, ID, "crictl")),
+        ("conmon -c short --exit-command /usr/bin/podman", None),
+        ("conmon --exit-command", None),
+        ("containerd-shim-runc-v2 -namespace moby -id {id} -address /run/c.sock", Owner(None, ID, "docker")),
+        ("containerd-shim-runc-v2 -namespace a;b -id web -address /c", Owner(None, "web", "ctr", "a;b")),
+        ("containerd-shim-runc-v2 -namespace k8s.io -id {id} -address /c", None),
+        ("containerd-shim-runc-v2 -id {id}", None),
+        ("containerd-shim-runc-v2", None),
+        ("sh -c {id} --exit-command podman", None),
+    ],
+)
+def test_a_container_without_a_cgroup_is_known_by_who_waits_for_it(words: str, owner: Owner | None) -> None:
+    program, *arguments = words.format(id=ID, other=OTHER, exits="/run/libpod/exits").split()
+    assert watched_by(program, [program, *arguments, ""]) == owner
+
+
 @pytest.mark.parametrize(
     ("owner", "wanted"),
     [
@@ -76,6 +130,7 @@ def test_unit_and_container_are_read_as_each_engine_writes_them(
         (Owner("ssh.service", "deb-12", "machinectl"), "machinectl reboot deb-12"),
         (Owner("ssh.service", "web", "lxc"), "lxc-stop --reboot --name web"),
         (Owner(f"crio-{ID}.scope", ID, "crictl"), f"crictl stop {ID}"),
+        (Owner(None, "web", "ctr", "a;b"), "ctr --namespace 'a;b' tasks kill web"),
     ],
 )
 def test_the_remedy_is_a_command_that_can_be_pasted(owner: Owner, wanted: str) -> None:
@@ -102,3 +157,12 @@ def test_the_innermost_unit_is_the_one(slices: list[str], name: str) -> None:
 def test_a_units_name_is_quoted_for_the_shell(name: str) -> None:
     words = shlex.split(remedy(1, Owner(f"{name}.service", None, None)))
     assert words == ["systemctl", "restart", f"{name}.service"]
+
+
+def test_the_oldest_process_is_found_whatever_the_pids() -> None:
+    with subprocess.Popen(["sleep", "60"]) as child:
+        assert oldest((min(child.pid, os.getpid()), max(child.pid, os.getpid()))) == os.getpid()
+        assert oldest((child.pid,)) == child.pid
+        child.kill()
+    gone = child.pid
+    assert oldest((gone, os.getpid())) == os.getpid()

@@ -7,8 +7,21 @@ from typing import Annotated
 import typer
 
 from tuckctl import __version__
-from tuckctl.cli.operands import parse
-from tuckctl.cli.options import Adopt, Busy, Job, Json, LogFormat, LogLevel, Target, Timeout
+from tuckctl.cli.operands import parse_there
+from tuckctl.cli.options import (
+    Adopt,
+    Busy,
+    Except,
+    Job,
+    Json,
+    LogFormat,
+    LogLevel,
+    Namespace,
+    Receivers,
+    Recover,
+    Target,
+    Timeout,
+)
 from tuckctl.cli.streams import say
 
 _COMMANDS = "tuckctl.commands"
@@ -53,12 +66,16 @@ def swap(
         list[str] | None, typer.Option(metavar="HEX", help="an image's digest; one for each image, in their order")
     ] = None,
     keep: Annotated[int, typer.Option(metavar="N", help="generations kept, besides those in use")] = 5,
+    recover: Recover = False,
+    receivers: Receivers = "converge",
+    excepted: Except = None,
+    namespace: Namespace = None,
     json: Json = False,
     log_format: LogFormat = "",
     log_level: LogLevel = "",
 ) -> Job:
     """Replace a target's content by images. The first image is topmost."""
-    targets = parse([os.fsencode(operand) for operand in operands])
+    targets = parse_there([os.fsencode(operand) for operand in operands], namespace)
     chosen = {
         "busy": busy,
         "timeout": timeout,
@@ -68,6 +85,10 @@ def swap(
         "adopt": adopt,
         "sha256": sha256 or (),
         "keep": keep,
+        "recover": recover,
+        "receivers": receivers,
+        "except_": excepted or (),
+        "namespace": namespace,
     }
     return Job(
         "swap", _COMMANDS, (targets,), chosen, json, log_format, log_level, "transaction", heeds=True, progress=True
@@ -99,6 +120,18 @@ def holders(target: Target, *, json: Json = False, log_format: LogFormat = "", l
 
 
 @app.command()
+def doctor(
+    path: Annotated[str | None, typer.Argument(metavar="[PATH]", show_default=False)] = None,
+    *,
+    json: Json = False,
+    log_format: LogFormat = "",
+    log_level: LogLevel = "",
+) -> Job:
+    """Show what this kernel can do, and what stands in the way of a swap at a path."""
+    return Job("doctor", _COMMANDS, (path,), {}, json, log_format, log_level, "doctor")
+
+
+@app.command()
 def rollback(
     target: Target,
     *,
@@ -107,12 +140,24 @@ def rollback(
     ] = None,
     busy: Busy = "lazy",
     timeout: Timeout = 30.0,
+    receivers: Receivers = "converge",
+    excepted: Except = None,
+    namespace: Namespace = None,
+    recover: Recover = False,
     json: Json = False,
     log_format: LogFormat = "",
     log_level: LogLevel = "",
 ) -> Job:
     """Go back to the generation before. Twice is back again."""
-    chosen = {"to": to, "busy": busy, "timeout": timeout}
+    chosen = {
+        "to": to,
+        "recover": recover,
+        "busy": busy,
+        "timeout": timeout,
+        "receivers": receivers,
+        "except_": excepted or (),
+        "namespace": namespace,
+    }
     return Job(
         "rollback",
         _COMMANDS,
@@ -128,19 +173,75 @@ def rollback(
 
 
 @app.command()
+def recover(
+    target: Annotated[str | None, typer.Argument(metavar="[TARGET]", show_default=False)] = None,
+    *,
+    undo: Annotated[bool, typer.Option("--undo", help="undo it, also where it could be finished")] = False,
+    busy: Busy = "lazy",
+    timeout: Timeout = 30.0,
+    receivers: Receivers = "converge",
+    excepted: Except = None,
+    namespace: Namespace = None,
+    json: Json = False,
+    log_format: LogFormat = "",
+    log_level: LogLevel = "",
+) -> Job:
+    """Finish, or undo, what was interrupted: on a target, or on all."""
+    chosen = {
+        "undo": undo,
+        "busy": busy,
+        "timeout": timeout,
+        "receivers": receivers,
+        "except_": excepted or (),
+        "namespace": namespace,
+    }
+    return Job("recover", _COMMANDS, (target,), chosen, json, log_format, log_level, "transaction")
+
+
+@app.command()
 def detach(
     target: Target,
     *,
     busy: Busy = "lazy",
     timeout: Timeout = 30.0,
     adopt: Adopt = False,
+    receivers: Receivers = "converge",
+    excepted: Except = None,
+    namespace: Namespace = None,
+    recover: Recover = False,
     json: Json = False,
     log_format: LogFormat = "",
     log_level: LogLevel = "",
 ) -> Job:
     """Take the overlay off, back to base."""
-    chosen = {"busy": busy, "timeout": timeout, "adopt": adopt}
+    chosen = {
+        "busy": busy,
+        "timeout": timeout,
+        "adopt": adopt,
+        "receivers": receivers,
+        "except_": excepted or (),
+        "namespace": namespace,
+        "recover": recover,
+    }
     return Job("detach", _COMMANDS, (target,), chosen, json, log_format, log_level, "transaction", heeds=True)
+
+
+@app.command()
+def boot(*, json: Json = False, log_format: LogFormat = "", log_level: LogLevel = "") -> Job:
+    """Mount every target's current generation, as after a reboot."""
+    return Job("boot", _COMMANDS, (), {}, json, log_format, log_level, "boot", heeds=True)
+
+
+@app.command()
+def gc(
+    *,
+    keep: Annotated[int, typer.Option(metavar="N", help="generations kept of each target, besides those in use")] = 5,
+    json: Json = False,
+    log_format: LogFormat = "",
+    log_level: LogLevel = "",
+) -> Job:
+    """Drop generations and kept images that nothing needs."""
+    return Job("gc", _COMMANDS, (), {"keep": keep}, json, log_format, log_level, "gc", heeds=True)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,24 @@ def _exists(path: bytes) -> bool:
         return os.path.lexists(path)
     except ValueError:
         return False
+
+
+def parse_there(operands: Sequence[bytes], namespace: str | None) -> dict[bytes, list[bytes]]:
+    """Do as `parse`, by what exists in the mount namespace of a pid or of an nsfs file."""
+    if namespace is None:
+        return parse(operands)
+    from tuckctl.commands import namespace_file  # noqa: PLC0415 - few need it
+    from tuckctl.kernel.threads import in_namespace  # noqa: PLC0415
+    from tuckctl.spaces import open_space  # noqa: PLC0415
+
+    def work() -> dict[bytes, list[bytes]]:
+        with contextlib.suppress(OSError):
+            os.chdir(here)
+        return parse(operands)
+
+    here = os.getcwdb()
+    with open_space(namespace_file(namespace)) as space:
+        return in_namespace(space, work)
 
 
 def parse(operands: Sequence[bytes]) -> dict[bytes, list[bytes]]:

@@ -11,6 +11,17 @@ Busy = Annotated[
 ]
 Timeout = Annotated[float, typer.Option(metavar="SECONDS", help="deadline of waiting, for --busy and for locks")]
 Adopt = Annotated[bool, typer.Option("--adopt", help="take over an overlay that tuckctl did not make")]
+Receivers = Annotated[
+    str, typer.Option(metavar="converge|require|report", help="who is not brought along: bring; undo all; leave")
+]
+Recover = Annotated[bool, typer.Option("--recover", help="put an interrupted transaction in order first")]
+Except = Annotated[
+    list[str] | None,
+    typer.Option("--except", metavar="WHO", help="a unit, container, pid or namespace that is to stay as it is"),
+]
+Namespace = Annotated[
+    str | None, typer.Option(metavar="PID|FILE", help="act in the mount namespace of a process, or of an nsfs file")
+]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 LogFormat = Annotated[str, typer.Option(metavar="console|json", show_default="console", help="how events are logged")]
 LogLevel = Annotated[

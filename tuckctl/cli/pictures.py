@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from tuckctl.cli.streams import printable
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
     from tuckctl.cli.streams import Style
     from tuckctl.results import (
+        Boot,
+        BootedTarget,
+        Collected,
+        Doctor,
+        Finding,
         History,
         Holder,
         Holders,
@@ -28,6 +34,12 @@ if TYPE_CHECKING:
 _DIGITS = 12
 _STATES = {"live": "green", "unmanaged": "yellow", "stale": "yellow", "missing": "red", "incomplete": "red"}
 _MOST_PIDS = 4
+_LONG = 64
+_FRAME = 6
+_PIDS = 5
+"""The column of the pids."""
+_ORDER = ("stale", "excluded", "converged", "updated")
+_STATE_COLOURS = {"stale": "red", "excluded": "yellow", "converged": "green"}
 _DONE = ("swapped", "unchanged", "recovered", "partial")
 
 
@@ -62,7 +74,9 @@ def _summary(outcome: str, target: TargetResult) -> str:
     namespaces = len({receiver.namespace for receiver in updated})
     before = f" (was {target.previous})" if target.previous is not None else ""
     reached = f"{_count(len(updated), 'receiver')} in {_count(namespaces, 'namespace')} updated"
-    return f"{name}: generation {target.generation} is live{before}, {reached}"
+    excluded = sum(receiver.state == "excluded" for receiver in target.receivers)
+    rest = f", {excluded} excluded" if excluded else ""
+    return f"{name}: generation {target.generation} is live{before}, {reached}{rest}"
 
 
 def _count(number: int, what: str) -> str:
@@ -99,21 +113,43 @@ def _holders(holders: Sequence[Holder], style: Style, everything: str) -> str:
 
 
 def _receivers(receivers: Sequence[Receiver], style: Style, everything: str) -> str:
-    rows = [
-        (
-            str(receiver.namespace),
-            show(receiver.path),
-            "" if receiver.root == b"/" else show(receiver.root),
-            receiver.state,
-            _text(receiver.reason),
-            _pids(receiver.pids),
-            _text(receiver.unit),
-            _text(receiver.container),
-        )
-        for receiver in receivers
-    ]
-    head = ("NAMESPACE", "PATH", "ROOT", "STATE", "REASON", "PIDS", "UNIT", "CONTAINER")
-    return style.table(head, rows, everything)
+    """List receivers, those first about which something is to be done; where they are many, those alike in a row."""
+    groups = [[receiver] for receiver in receivers]
+    if style.most is not None and len(groups) > style.most:
+        alike: dict[tuple[str, ...], list[Receiver]] = {}
+        for receiver in receivers:
+            row = _receiver([receiver])
+            alike.setdefault((*row[1:_PIDS], *row[_PIDS + 1 :]), []).append(receiver)
+        groups = list(alike.values())
+    rows = sorted(map(_receiver, groups), key=lambda row: _ORDER.index(row[3]) if row[3] in _ORDER else 0)
+    head = ("NAMESPACE", "PATH", "ROOT", "STATE", "REASON", "PIDS", "UNIT", "CONTAINER", "NOTE")
+    return style.table(head, rows, everything, _STATE_COLOURS)
+
+
+def _receiver(alike: Sequence[Receiver]) -> tuple[str, ...]:
+    """Make the row of a receiver, or of several that differ in their namespaces and pids only."""
+    receiver = alike[0]
+    spaces = {each.namespace for each in alike}
+    notes = [*map(_text, receiver.hazards)]
+    if receiver.covered_by is not None:
+        notes.append(f"covered at {show(receiver.covered_by)}")
+    return (
+        str(receiver.namespace) if len(spaces) == 1 else f"{len(spaces)} alike",
+        show(receiver.path),
+        "" if receiver.root == b"/" else show(receiver.root),
+        receiver.state,
+        _text(receiver.reason),
+        _pids([pid for each in alike for pid in each.pids]),
+        _text(receiver.unit),
+        _short(receiver.container),
+        ", ".join(notes),
+    )
+
+
+def _short(container: str | None) -> str:
+    """Return as much of a container's id as its engine shows."""
+    text = _text(container)
+    return text[:_DIGITS] if len(text) == _LONG and set(text) <= set("0123456789abcdef") else text
 
 
 def _image(image: ImageInfo) -> str:
@@ -135,7 +171,9 @@ def _status(target: TargetStatus, style: Style) -> str:
         text += f"  {line}\n"
     if target.receivers:
         namespaces = len({receiver.namespace for receiver in target.receivers})
-        text += f"seen by {_count(len(target.receivers), 'receiver')} in {_count(namespaces, 'namespace')}:\n"
+        states = Counter(receiver.state for receiver in target.receivers)
+        others = "".join(f", {states[state]} {state}" for state in ("stale", "excluded") if states[state])
+        text += f"{_count(len(target.receivers), 'receiver')} in {_count(namespaces, 'namespace')}{others}:\n"
         text += _receivers(target.receivers, style, f"tuckctl status --json {_quoted(target.target)}")
     if target.unseen:
         text += f"{_count(target.unseen, 'namespace')} could not be looked into\n"
@@ -145,22 +183,35 @@ def _status(target: TargetStatus, style: Style) -> str:
 def _stack(target: TargetStatus, style: Style) -> list[str]:
     """Draw what lies on the target, what is seen first."""
     layers: list[list[str]] = []
-    if target.generation is not None:
+    images = [f"  {_image(image)}" for image in target.images]
+    below = [mount for mount in reversed(target.stack) if mount.generation is None]
+    if target.state == "incomplete":
+        seen = "seen"
+        for mount in reversed(target.stack):
+            if mount.generation is not None:
+                layers.append([f"generation {mount.generation}, {seen}", *(images if seen == "seen" else [])])
+                seen = "beneath it, not seen"
+    elif target.generation is not None:
         before = f", {target.previous} before it" if target.previous is not None else ""
         not_there = ", not mounted" if target.state == "missing" else ""
-        title = f"generation {target.generation}{before}{not_there}"
-        layers.append([title, *(f"  {_image(image)}" for image in target.images)])
+        layers.append([f"generation {target.generation}{before}{not_there}", *images])
+    elif target.state == "unmanaged":
+        layers += [[f"{_text(mount.fstype)} {show(mount.source)}"] for mount in below]
+        below = []
     if target.base is None or target.base == b"under":
-        layers.append([f"base: {show(target.target)} as it is below"])
+        what = f"{_text(below[0].fstype)} {show(below[0].source)}" if below else f"{show(target.target)} as it is below"
+        layers.append([f"base: {what}"])
     elif target.base != b"none":
         layers.append([f"base: {show(target.base)}"])
     side, corner, tee, end, bar = "│┌├└─" if style.lines else "|+++-"
     lines = []
-    size = max(len(line) for layer in layers for line in layer)
+    size = max((len(line) for layer in layers for line in layer), default=0)
+    if style.width is not None:
+        size = max(min(size, style.width - _FRAME), 0)
     for index, layer in enumerate(layers):
         lines.append((corner if index == 0 else tee) + bar * (size + 2))
         lines += [f"{side} {line}" for line in layer]
-    return [*lines, end + bar * (size + 2)]
+    return [*lines, end + bar * (size + 2)] if lines else []
 
 
 def history(document: History, style: Style) -> str:
@@ -183,11 +234,76 @@ def history(document: History, style: Style) -> str:
     return f"{style.paint(show(document.target), 'bold')}:\n{style.table(head, rows, everything)}"
 
 
+def boot(document: Boot, style: Style) -> str:
+    """Say of each target what is mounted on it."""
+    if not document.targets:
+        return "" if document.error else "no target is on record\n"
+    return "".join(_booted(target, style) for target in document.targets)
+
+
+def _booted(target: BootedTarget, style: Style) -> str:
+    state = style.paint(target.state, _STATES.get(target.state, "bold"))
+    generation = f", generation {target.generation}" if target.generation is not None else ""
+    instead = f" instead of {target.wanted}" if target.wanted not in (None, target.generation) else ""
+    why = f" ({_text(target.error.code)})" if target.error is not None else ""
+    return f"{show(target.target)}: {state}{generation}{instead if generation else ''}{why}\n"
+
+
+def gc(document: Collected, style: Style) -> str:
+    """List what was dropped."""
+    if not document.removed:
+        return "nothing to drop\n"
+    rows = [(each.kind, f"{each.bytes:,}", show(each.path)) for each in document.removed]
+    size = max(len(row[1]) for row in rows)
+    aligned = [(kind, number.rjust(size), path) for kind, number, path in rows]
+    total = sum(each.bytes for each in document.removed)
+    table = style.table(("KIND", "BYTES", "PATH"), aligned, "tuckctl gc --json")
+    return f"{table}{len(rows)} dropped, {total:,} bytes\n"
+
+
 def holders(document: Holders, style: Style) -> str:
-    """List who still uses what was replaced."""
+    """List who still uses what was replaced, or keeps something mounted."""
     if not document.holders:
-        return f"{show(document.target)}: nobody uses a replaced overlay\n"
+        return f"{show(document.target)}: no holders\n"
     return _holders(document.holders, style, f"tuckctl holders --json {_quoted(document.target)}")
+
+
+_SEVERITIES = {"blocker": "red", "hazard": "yellow", "note": "bold"}
+
+
+def doctor(document: Doctor, style: Style) -> str:
+    """Lay out what the kernel can do, and each finding with what to do about it."""
+    rows = [
+        (
+            name,
+            "yes" if feature.present else "no",
+            "needed" if feature.needed else "",
+            _text(feature.since),
+            _text(feature.why_not),
+        )
+        for name, feature in sorted(document.kernel.items(), key=lambda item: (not item[1].needed, item[0]))
+    ]
+    text = ""
+    if rows:
+        head = ("FEATURE", "PRESENT", "", "LINUX", "WHY NOT")
+        text += f"{style.paint('this kernel', 'bold')}:\n{style.table(head, rows, 'tuckctl doctor --json')}"
+    if document.path is not None:
+        would, colour = ("would not go", "red") if document.exit_code else ("would go", "green")
+        name = style.paint(show(document.path), "bold")
+        text += f"{name}: {style.paint(f'a swap {would} through', colour)}\n"
+    return text + "".join(_finding(finding, style) for finding in document.findings)
+
+
+def _finding(finding: Finding, style: Style) -> str:
+    side = "│" if style.lines else "|"
+    lines = [_text(finding.message)]
+    if finding.remedy is not None:
+        lines.append(f"remedy: {_text(finding.remedy)}")
+    if finding.namespace is not None:
+        who = (f"pids {_pids(finding.pids)}" if finding.pids else "no process", finding.unit, finding.container)
+        lines.append(f"namespace {finding.namespace}: " + ", ".join(_text(each) for each in who if each))
+    title = style.paint(finding.severity, _SEVERITIES.get(finding.severity, "bold"))
+    return f"  {title} {_text(finding.code)}\n" + "".join(f"  {side} {line}\n" for line in lines)
 
 
 def demo(document: Any, style: Style) -> str:

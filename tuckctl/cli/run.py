@@ -33,11 +33,11 @@ _MISTAKE: type[Exception] = typer.BadParameter.__mro__[2]
 
 def run(arguments: Sequence[str]) -> int:
     """Do what the arguments say; return the exit code."""
-    streams.prepare()
     words = arguments[: arguments.index("--")] if "--" in arguments else arguments
     command = next((word for word in words if not word.startswith("-")), "")
     as_json = "--json" in words
     try:
+        streams.prepare()
         read = _read(arguments)
         return read if isinstance(read, int) else _do(read)
     except TuckError as error:
@@ -63,7 +63,9 @@ def _read(arguments: Sequence[str]) -> Job | int:
         of = where.removeprefix("tuckctl").strip()
         sentence = f"{of}: {message[:1].lower()}{message[1:]}" if of else message[:1].lower() + message[1:]
         raise UsageError("usage", sentence, f"{where} --help") from error
-    except SystemExit as end:  # how typer ends when nobody reads its help
+    except SystemExit as end:  # how typer ends when nobody reads its help, or at Ctrl-C
+        if end.code == _BY_SIGNAL + signal.SIGINT:
+            raise KeyboardInterrupt from end
         return end.code if isinstance(end.code, int) else 1
     except OSError as error:
         streams.fail_to_say(error)
@@ -94,7 +96,10 @@ def _do(job: Job) -> int:
         if line is not None:
             line.clear()
     # A transaction's code says what became of the target; of a question, nothing is left but the answer.
-    return 0 if told.success(document) or job.command not in QUESTIONS else 1
+    written = told.success(document)
+    if not written and job.command in QUESTIONS:
+        return 1
+    return getattr(document, "exit_code", 0)
 
 
 class _Told:
@@ -122,7 +127,7 @@ class _Told:
         document = error.result
         if self._job.json:
             streams.say(self._dumps(document if document is not None else _bare(self._job.command, error)))
-        elif self._job.picture == "transaction" and document is not None:
+        elif self._job.picture in ("transaction", "boot") and document is not None:
             streams.say(self._draw(document, self._style))
         self._warn(document)
         if not self._logs_tell or document is None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 
 import os
 import sys
+from types import MappingProxyType
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 _STANDARD = 3
+_MOST = 20
+"""How many rows of a table a terminal gets."""
+_SHORTEST = 8
+_MARGIN, _GAP = 2, 2
 _COLOURS = {"bold": "1", "red": "31", "green": "32", "yellow": "33"}
 
 
@@ -99,30 +104,73 @@ class Style:
         """Ask standard output what it is."""
         self.colour = has_colour(sys.stdout)
         self.lines = _is_unicode(sys.stdout)
-        self.most = 20 if is_terminal(sys.stdout) else None
+        self.most = _MOST if is_terminal(sys.stdout) else None
+        self.width = width(sys.stdout) if is_terminal(sys.stdout) else None
 
     def paint(self, text: str, colour: str) -> str:
         """Give text a colour, where there is any."""
         return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self.colour and text else text
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], everything: str) -> str:
+    def table(
+        self,
+        head: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        everything: str,
+        colours: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
         """Lay rows out in aligned columns, without those that are empty in every row.
 
-        `everything` is the command that shows what a list that is too long for a terminal leaves out.
+        `everything` is the command that shows what a list that is too long for a terminal leaves out; where a
+        terminal is too narrow, long cells are cut, or each row is a list of its own. `colours` are for whole cells.
         """
         left = 0
         if self.most is not None and len(rows) > self.most:
             left, rows = len(rows) - self.most, rows[: self.most]
         used = [index for index in range(len(head)) if any(row[index] for row in rows)]
-        sizes = [max(len(head[index]), *(len(row[index]) for row in rows)) for index in used]
+        head, rows = [head[index] for index in used], [[row[index] for index in used] for row in rows]
+        sizes = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        more = [f"  and {left} more: {everything}"] if left else []
+        if self.width is not None and not _shrink(sizes, head, self.width - _MARGIN):
+            return "\n".join([*self._lists(head, rows, colours), *more]) + "\n"
 
         def line(cells: Sequence[str]) -> str:
-            return "  ".join(cells[index].ljust(size) for index, size in zip(used, sizes, strict=True)).rstrip()
+            padded = [self.cut(cell, size).ljust(size) for cell, size in zip(cells, sizes, strict=True)]
+            words = [(cell, cell.rstrip()) for cell in (*padded[:-1], padded[-1].rstrip())]
+            return "  ".join(
+                self.paint(cell, colours[word]) if word in colours else cell for cell, word in words
+            ).rstrip()
 
-        text = [f"  {self.paint(line(head), 'bold')}", *(f"  {line(row)}" for row in rows)]
-        if left:
-            text.append(f"  and {left} more: {everything}")
-        return "\n".join(text) + "\n"
+        titles = "  ".join(name.ljust(size) for name, size in zip(head, sizes, strict=True)).rstrip()
+        title = f"  {self.paint(titles, 'bold')}"
+        return "\n".join([title, *(f"  {line(row)}" for row in rows), *more]) + "\n"
+
+    def cut(self, text: str, size: int) -> str:
+        """Cut what is too long in its middle: of a path the end says most, of a name the beginning."""
+        if len(text) <= size:
+            return text
+        kept = max(size - 1, 0)
+        return text[: kept - kept // 2] + ("…" if self.lines else "~") + text[len(text) - kept // 2 :]
+
+    def _lists(self, head: Sequence[str], rows: Sequence[Sequence[str]], colours: Mapping[str, str]) -> Iterator[str]:
+        size = max(map(len, head))
+        for number, row in enumerate(rows):
+            if number:
+                yield ""
+            for name, cell in zip(head, row, strict=True):
+                if cell:
+                    text = self.paint(cell, colours[cell]) if cell in colours else cell
+                    yield f"  {self.paint(name.ljust(size), 'bold')}  {text}"
+
+
+def _shrink(sizes: list[int], head: Sequence[str], room: int) -> bool:
+    """Make the widest columns narrower until they fit; say whether they do and still tell something."""
+    least = [min(size, max(len(name), _SHORTEST)) for name, size in zip(head, sizes, strict=True)]
+    while sum(sizes) + _GAP * (len(sizes) - 1) > room:
+        widest = max(range(len(sizes)), key=lambda index: sizes[index] - least[index])
+        if sizes[widest] <= least[widest]:
+            return False
+        sizes[widest] -= 1
+    return True
 
 
 def _is_unicode(stream: TextIO | None) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
@@ -15,14 +16,15 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING
 
-from tuckctl.errors import TuckError
-from tuckctl.images.drafts import Draft, open_own_directory, open_own_subdirectory
+from tuckctl.errors import KernelError, TuckError
+from tuckctl.images.drafts import Draft, is_leftover, open_own_directory, open_own_subdirectory
 from tuckctl.images.formats import Flaw
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import StatMount
 from tuckctl.kernel.syscalls import mount_id, statmount
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
     from typing import Self
 
@@ -34,6 +36,7 @@ PROGRESS_EVERY = 1 << 24
 _BUFFERS = 4
 _SETTLED_NS = 2_000_000_000
 _ENTRY = re.compile(rb"(\d{1,20}) (-?\d{1,20}) (-?\d{1,20}) ([0-9a-f]{64}) ([0-9a-f:-]{1,80}|own) ([0-9a-f]{8})\n")
+_NAME = re.compile(rb"[0-9a-f]+-[0-9a-f]+")
 _LONGEST_ENTRY = 512
 _OWN = b"own"
 # A write through a mapping need not show in a file's times here; an overlay may lie on one of them.
@@ -121,7 +124,10 @@ class _Hashing:
         return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise KernelError("clone", "a thread of this process", errno.EAGAIN) from error
         return self
 
     def __exit__(
@@ -220,6 +226,32 @@ class DigestCache:
                 with directory, Draft(directory, 0o600) as draft:
                     os.write(draft.file.fileno(), b"%s %08x\n" % (entry, zlib.crc32(entry)))
                     draft.publish(_name(found, place))
+
+    def unneeded(self, kept: Iterable[os.stat_result]) -> list[bytes]:
+        """Return the paths of entries that nobody will believe any more, and of what killed writers left.
+
+        They are those of an earlier boot, and those of kept copies besides `kept`. Raises OSError.
+        """
+        own = {_name(found, _OWN) for found in kept}
+        with Fd(os.open(b"/proc/sys/kernel/random/boot_id", os.O_RDONLY | os.O_CLOEXEC)) as boot:
+            here = os.read(boot.fileno(), 64).strip() + b":"
+        found = []
+        directory = self._open(create=False)
+        if directory is None:
+            return []
+        with directory:
+            for name in os.listdir(directory.path(b".")):
+                path = os.path.join(self._state, b"digests", name)
+                if is_leftover(name) or (name.startswith(b"own-") and name not in own):
+                    found.append(path)
+                elif _NAME.fullmatch(name):
+                    with Fd(
+                        os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fileno())
+                    ) as file:
+                        match = _ENTRY.fullmatch(os.read(file.fileno(), _LONGEST_ENTRY))
+                    if match is None or not match[5].startswith(here):
+                        found.append(path)
+        return found
 
     def _open(self, *, create: bool) -> Fd | None:
         # The state directory itself is made when there is something to keep, never for the cache alone.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OTHERS_MAY_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _NO_TMPFILE = (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL, errno.ENOSYS)
 _NAME_TRIES = 100
+_LEFTOVER = re.compile(rb"\.new-[0-9a-f]{16}")
 
 
 def open_own_directory(path: bytes, *, create: bool) -> Fd | None:
@@ -133,6 +135,11 @@ class Draft:
         self.file.close()
         if self._name is not None:
             os.unlink(self._name, dir_fd=self._directory.fileno())
+
+
+def is_leftover(name: bytes) -> bool:
+    """Whether it is the name of an unpublished draft: of a killed writer's, where nobody writes now."""
+    return _LEFTOVER.fullmatch(name) is not None
 
 
 def sync_directory(directory: Fd) -> None:

@@ -122,13 +122,15 @@ def open_image(
 def reopen_image(path: bytes, sha256: str, *, store: Store) -> Image | None:
     """Open the kept copy of an image that was used before, or return None when it is not kept any more.
 
-    Its format and size are checked again; its content is not read. Raises ImageError as `open_image` does.
+    Its format and size are checked again. Its content is read only where it was touched since it was last known
+    to be what its name says. Raises ImageError as `open_image` does.
     """
     file = store.open_kept(sha256)
     if file is None:
         return None
     try:
         found, size = _check(file)
+        check_digest(store.digest(file, own=True), sha256)
     except Flaw as flaw:
         file.close()
         raise ImageError(flaw.code, f"{show(path)}: of its kept copy {sha256}: {flaw.what}", flaw.hint) from flaw

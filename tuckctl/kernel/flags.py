@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from enum import IntEnum, IntFlag
 
 AT_FDCWD = -100
@@ -47,6 +48,27 @@ class MountAttr(IntFlag):
     NODIRATIME = 0x80
     IDMAP = 0x100000
     NOSYMFOLLOW = 0x200000
+
+
+OPTIONS = {
+    "ro": MountAttr.RDONLY,
+    "nosuid": MountAttr.NOSUID,
+    "nodev": MountAttr.NODEV,
+    "noexec": MountAttr.NOEXEC,
+    "nodiratime": MountAttr.NODIRATIME,
+    "nosymfollow": MountAttr.NOSYMFOLLOW,
+}
+ATIME_OPTIONS = {"relatime": MountAttr(0), "noatime": MountAttr.NOATIME, "strictatime": MountAttr.STRICTATIME}
+
+
+@functools.lru_cache(maxsize=256)
+def option_names(flags: MountAttr) -> tuple[str, ...]:
+    """Return mount flags by their names in fstab(5)."""
+    mode = flags & MountAttr.ATIME_FIELD
+    return (
+        *(name for name, flag in OPTIONS.items() if flags & flag),
+        *(name for name, flag in ATIME_OPTIONS.items() if flag == mode),
+    )
 
 
 class Propagation(IntFlag):

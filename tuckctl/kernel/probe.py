@@ -7,6 +7,7 @@ that it is tried in a user namespace, in a child: unshare(2) of one needs a proc
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -16,9 +17,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError, UnsupportedError
-from tuckctl.frozen import frozen
 from tuckctl.kernel.fd import Fd
-from tuckctl.kernel.flags import AT_FDCWD, Clone, MountAttr, Propagation, StatMount
+from tuckctl.kernel.flags import AT_FDCWD, Clone, MountAttr, Propagation, StatMount, Umount
 from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import (
     listmount,
@@ -32,21 +32,14 @@ from tuckctl.kernel.syscalls import (
     open_tree,
     open_tree_attr,
     statmount,
+    umount2,
     unshare,
 )
 from tuckctl.kernel.threads import in_private_copy, own_namespace
+from tuckctl.results import Feature
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-
-@frozen
-class Feature:
-    """Whether the kernel can do something; if not, why not, and since when Linux can."""
-
-    present: bool
-    since: str
-    why_not: str | None
 
 
 class _Scene:
@@ -54,12 +47,28 @@ class _Scene:
 
     def __init__(self) -> None:
         self.tree = _tmpfs()
-        move_mount(self.tree, AT_FDCWD, b"/")
+        try:
+            move_mount(self.tree, AT_FDCWD, b"/")
+        except KernelError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _make_room()
+            move_mount(self.tree, AT_FDCWD, b"/")
         for name in ("low", "high", "spot", "left", "right"):
             os.mkdir(name, dir_fd=self.tree.fileno())
 
     def bind(self, name: bytes = b"low") -> Fd:
         return open_tree(self.tree, name, clone=True)
+
+
+def _make_room() -> None:
+    """Drop what the copy of a namespace with as many mounts as it may have does not need for the trials."""
+    root = mount_id(AT_FDCWD, b"/")
+    for identity in listmount(root):
+        with contextlib.suppress(KernelError):
+            mount = statmount(identity, StatMount.MNT_BASIC | StatMount.MNT_POINT)
+            if mount.parent_id == root and mount.point not in (b"/proc", b"/dev"):
+                umount2(mount.point, Umount.DETACH)
 
 
 def _tmpfs() -> Fd:
@@ -153,7 +162,7 @@ def _try_all() -> dict[str, Feature]:
                 trial(scene)
             except (KernelError, OSError) as error:
                 why_not = str(error)
-            found[name] = Feature(why_not is None, since, why_not)
+            found[name] = Feature(why_not is None, name in NEEDED, since, why_not)
     return found
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import struct
 from typing import TYPE_CHECKING, Protocol
 
 from tuckctl.errors import KernelError
@@ -27,13 +28,12 @@ from tuckctl.kernel.flags import (
     MoveMount,
     OpenTree,
     Propagation,
+    StatMount,
     Umount,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from tuckctl.kernel.flags import StatMount
+    from collections.abc import Collection, Iterator, Sequence
 
 _ENOENT = 2
 _EOVERFLOW = 75
@@ -43,6 +43,7 @@ _STRINGS = 512
 # A thousand mounts have few different flags, and an enum's member takes longer to find than a mount.
 _attributes = functools.lru_cache(maxsize=256)(MountAttr)
 _propagation = functools.lru_cache(maxsize=256)(Propagation)
+_unset = ffi.new_allocator(should_clear_after_alloc=False)
 
 
 class HasFileno(Protocol):
@@ -153,17 +154,20 @@ def fspick(directory: Descriptor, path: bytes) -> Fd:
     return Fd(_check(value, "fspick", directory, path))
 
 
-def _tree_flags(path: bytes, *, clone: bool, recursive: bool) -> int:
+@functools.cache
+def _tree_flags(*, clone: bool, recursive: bool, has_path: bool) -> int:
     flags = OpenTree.CLOEXEC | At.NO_AUTOMOUNT | At.SYMLINK_NOFOLLOW
     flags |= OpenTree.CLONE if clone else 0
     flags |= At.RECURSIVE if recursive else 0
-    return flags | (0 if path else At.EMPTY_PATH)
+    return int(flags | (0 if has_path else At.EMPTY_PATH))
 
 
 def open_tree(directory: Descriptor, path: bytes = b"", *, clone: bool = False, recursive: bool = False) -> Fd:
     """Open a mount, or make a detached copy of it; recursive copies what is mounted below as well."""
     value = lib.tuck_open_tree(
-        _number(directory), _text(path, "open_tree"), _tree_flags(path, clone=clone, recursive=recursive)
+        _number(directory),
+        _text(path, "open_tree"),
+        _tree_flags(clone=clone, recursive=recursive, has_path=bool(path)),
     )
     return Fd(_check(value, "open_tree", directory, path))
 
@@ -178,7 +182,7 @@ def open_tree_attr(
     propagation: Propagation = Propagation(0),
 ) -> Fd:
     """Make a detached copy of a mount with other attributes, in one step (Linux 6.15)."""
-    flags = _tree_flags(path, clone=True, recursive=recursive)
+    flags = _tree_flags(clone=True, recursive=recursive, has_path=bool(path))
     value = lib.tuck_open_tree_attr(
         _number(directory), _text(path, "open_tree_attr"), flags, set_, clear, propagation, 0
     )
@@ -220,6 +224,13 @@ def umount2(path: bytes, flags: Umount = Umount(0)) -> None:
     _check(value, "umount2", path=path)
 
 
+def pivot_root(new_root: bytes, put_old: bytes) -> None:
+    """Make a mount the root of this mount namespace, and put the old root somewhere in it (pivot_root(2))."""
+    _check(
+        lib.tuck_pivot_root(_text(new_root, "pivot_root"), _text(put_old, "pivot_root")), "pivot_root", path=new_root
+    )
+
+
 @frozen
 class Mount:
     """What statmount tells of one mount. Ids are unique and never reused."""
@@ -243,7 +254,7 @@ def statmount(mount_id: int, mask: StatMount, namespace_id: int = 0) -> Mount:
     """Tell of one mount, of this namespace or another (Linux 6.8, 6.11 for another)."""
     size = 4096
     while True:
-        buffer = ffi.new("char[]", size)
+        buffer = _unset("char[]", size)
         found = ffi.cast("struct tuck_statmount *", buffer)
         value = lib.tuck_statmount(mount_id, namespace_id, mask, found, size)
         if value != -_EOVERFLOW or size > 1 << 20:
@@ -258,26 +269,26 @@ def statmount(mount_id: int, mask: StatMount, namespace_id: int = 0) -> Mount:
 
     has = found.mask
     return Mount(
-        id=found.mnt_id,
-        parent_id=found.mnt_parent_id,
-        old_id=found.mnt_id_old,
-        namespace_id=found.mnt_ns_id,
-        device=(found.sb_dev_major, found.sb_dev_minor),
-        attributes=_attributes(found.mnt_attr),
-        propagation=_propagation(found.mnt_propagation),
-        peer_group=found.mnt_peer_group,
-        master=found.mnt_master,
-        fstype=string(found.fs_type).decode("ascii", "backslashreplace") if has & 0x20 else "",
-        source=string(found.sb_source) if has & 0x200 else b"",
-        root=string(found.mnt_root) if has & 0x8 else b"",
-        point=string(found.mnt_point) if has & 0x10 else b"",
+        found.mnt_id,
+        found.mnt_parent_id,
+        found.mnt_id_old,
+        found.mnt_ns_id,
+        (found.sb_dev_major, found.sb_dev_minor),
+        _attributes(found.mnt_attr),
+        _propagation(found.mnt_propagation),
+        found.mnt_peer_group,
+        found.mnt_master,
+        string(found.fs_type).decode("ascii", "backslashreplace") if has & 0x20 else "",
+        string(found.sb_source) if has & 0x200 else b"",
+        string(found.mnt_root) if has & 0x8 else b"",
+        string(found.mnt_point) if has & 0x10 else b"",
     )
 
 
 def listmount(mount_id: int = LSMT_ROOT, namespace_id: int = 0, after: int = 0) -> list[int]:
     """List the unique ids of the mounts below one, or of the whole namespace, that are greater than `after`."""
     room = 1024
-    ids = ffi.new("uint64_t[]", room)
+    ids = _unset("uint64_t[]", room)
     found: list[int] = []
     while True:
         count = lib.tuck_listmount(mount_id, namespace_id, after, ids, room)
@@ -287,6 +298,25 @@ def listmount(mount_id: int = LSMT_ROOT, namespace_id: int = 0, after: int = 0) 
         if count < room:
             return found
         after = found[-1]
+
+
+def mount_points(mount_id: int, namespace_id: int = 0) -> list[tuple[int, int, bytes]]:
+    """List the mounts below one: the id of each, of the one on which it lies, and where.
+
+    Who is just going is left out.
+    """
+    found_ids = listmount(mount_id, namespace_id)
+    if not found_ids:
+        return []
+    size, mask = 1 << 16, int(StatMount.MNT_BASIC | StatMount.MNT_POINT)
+    buffer = ffi.new("char[]", size)
+    found = ffi.cast("struct tuck_statmount *", buffer)
+    strings = buffer + _STRINGS
+    return [
+        (identity, int(found.mnt_parent_id), bytes(ffi.string(strings + found.mnt_point)))
+        for identity in found_ids
+        if lib.tuck_statmount(identity, namespace_id, mask, found, size) == 0
+    ]
 
 
 def mount_id(directory: Descriptor, path: bytes = b"") -> int:
@@ -360,9 +390,59 @@ def namespace_previous(namespace: Descriptor) -> tuple[Fd, Namespace] | None:
     return _neighbour(value, found, "ioctl(NS_MNT_GET_PREV)", namespace)
 
 
+def namespace_seek(start: Descriptor, wanted: Collection[int], *, forwards: bool) -> Iterator[tuple[int, Fd]]:
+    """Give the mount namespaces with these ids after this one, or before it, each open until the next one's."""
+    ids, count = ffi.new("uint64_t[]", sorted(wanted)), len(wanted)
+    ret_id = ffi.new("uint64_t *")
+    at = Fd(os.dup(_number(start)))
+    try:
+        while True:
+            value = lib.tuck_namespace_seek(_number(at), forwards, ids, count, ret_id)
+            if value == -_ENOENT:
+                return
+            found = Fd(_check(value, "ioctl(NS_MNT_GET_NEXT)", at))
+            at.close()
+            at = found
+            yield int(ret_id[0]), at
+    finally:
+        at.close()
+
+
 def namespace_owner(namespace: Descriptor) -> Fd:
     """Open the user namespace that owns a namespace (NS_GET_USERNS)."""
     return Fd(_check(lib.tuck_namespace_owner(_number(namespace)), "ioctl(NS_GET_USERNS)", namespace))
+
+
+@frozen
+class Replacement:
+    """A mount that a path leads to in a namespace, the mount around it, and the detached mount for its place."""
+
+    space: Descriptor
+    clone: Descriptor
+    mount_id: int
+    parent_id: int
+    device: tuple[int, int]
+    """Of the clone's superblock."""
+    point: bytes
+
+
+def replace_mounts(wanted: Sequence[Replacement]) -> list[tuple[bool, int]]:
+    """Put each clone beneath its mount and unmount that; say whether it was placed, and the errno of what failed.
+
+    It is done only where nothing lies on the mount, and the one around it is the same as before, has no peers and
+    shows something else than the clone.
+    Call it only on a thread that ends after its work: it is left in one of the namespaces.
+    """
+    points = [ffi.new("char[]", _text(each.point, "umount2")) for each in wanted]
+    each = ffi.new(
+        "struct tuck_replacement[]",
+        [
+            (_number(one.space), _number(one.clone), one.mount_id, one.parent_id, one.device, point, 0, 0)
+            for one, point in zip(wanted, points, strict=True)
+        ],
+    )
+    lib.tuck_replace(each, len(wanted))
+    return [(bool(one.placed), -one.error) for one in each]
 
 
 def loop_get_free(control: Descriptor) -> int:
@@ -433,6 +513,51 @@ class Match:
     device: tuple[int, int]
     owner: int
     """The inode of the user namespace that owns the mount's namespace, 0 where the caller may not know."""
+    above: int = 0
+    """The id of the first mount that lies on it or below it and is as new as was asked for, 0 for none.
+
+    It is told only where that was asked for.
+    """
+
+
+_MATCH = struct.Struct("=10Q2I")
+
+
+def _matches(found: object, count: int) -> list[Match]:
+    """Turn the floor's matches into ours. There may be thousands, and making one should cost no more than a look."""
+    matches = []
+    new, give = Match.__new__, object.__setattr__
+    for (
+        space,
+        inode,
+        mount,
+        parent,
+        attributes,
+        propagation,
+        group,
+        master,
+        owner,
+        above,
+        major,
+        minor,
+    ) in _MATCH.iter_unpack(ffi.buffer(found, count * _MATCH.size)):
+        match = new(Match)
+        fields = {
+            "namespace_id": space,
+            "namespace_inode": inode,
+            "mount_id": mount,
+            "parent_id": parent,
+            "attributes": _attributes(attributes),
+            "propagation": _propagation(propagation),
+            "peer_group": group,
+            "master": master,
+            "device": (major, minor),
+            "owner": owner,
+            "above": above,
+        }
+        give(match, "__dict__", fields)
+        matches.append(match)
+    return matches
 
 
 def find_mounts(
@@ -452,31 +577,61 @@ def find_mounts(
         if count <= room:
             break
         room = count + 64
-    owners = {namespace.id: namespace.owner for namespace in namespaces}
-    matches = [
-        Match(
-            m.namespace_id,
-            m.namespace_inode,
-            m.mount_id,
-            m.parent_id,
-            _attributes(m.attributes),
-            _propagation(m.propagation),
-            m.peer_group,
-            m.master,
-            (m.device.major, m.device.minor),
-            owners[m.namespace_id],
+    return _matches(found, count), int(unseen[0])
+
+
+@frozen
+class Found:
+    """What a walk over all namespaces found, and how many it could not look into.
+
+    The raw form of it spares the next walk some looks.
+    """
+
+    matches: list[Match]
+    unseen: int
+    raw: object
+    count: int
+
+
+def find_everywhere(
+    start: Descriptor,
+    devices: Sequence[tuple[int, int]],
+    after: int = 0,
+    *,
+    covered: int = 0,
+    known: Found | None = None,
+) -> Found:
+    """Find each mount of these superblocks, newer than `after`, in every mount namespace that the caller may see.
+
+    What lies on a mount is told for the first `covered` of the superblocks. `known` is what an earlier walk found
+    (Linux 6.12).
+    """
+    wanted = ffi.new("struct tuck_dev[]", list(devices))
+    unseen = ffi.new("size_t *")
+    before, before_count = (known.raw, known.count) if known is not None else (ffi.NULL, 0)
+    room = 4096
+    while True:
+        found = _unset("struct tuck_match[]", room)
+        count = lib.tuck_find_everywhere(
+            _number(start), after, wanted, len(devices), covered, before, before_count, found, room, unseen
         )
-        for m in found[0:count]
-    ]
-    return matches, int(unseen[0])
+        if _check(count, "ioctl(NS_MNT_GET_NEXT)", start) <= room:
+            return Found(_matches(found, count), int(unseen[0]), found, count)
+        room = count + 64
 
 
 @frozen
 class RawHolder:
-    """One way in which a process holds a mount: the fd's number, or the addresses of a mapping."""
+    """One way in which a process holds a mount: the fd's number, or the addresses of a mapping.
+
+    `thread` is the pid, unless it is a thread's own. Where only a superblock's device number tells of it, that
+    is `device`, and `mount_id` is 0.
+    """
 
     pid: int
+    thread: int
     kind: int
+    device: tuple[int, int]
     mount_id: int
     number: int
     end: int
@@ -500,4 +655,8 @@ def find_holders(
         if count <= room:
             break
         room = count + 64
-    return [RawHolder(h.pid, h.kind, h.mount_id, h.number, h.end) for h in found[0:count]], int(unseen[0])
+    holders = [
+        RawHolder(h.pid, h.thread, h.kind, (h.device.major, h.device.minor), h.mount_id, h.number, h.end)
+        for h in found[0:count]
+    ]
+    return holders, int(unseen[0])

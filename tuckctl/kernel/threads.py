@@ -7,10 +7,12 @@ unshare(2) changes its caller for good: a thread that ends after the work keeps 
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
+from tuckctl.errors import KernelError
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation
 from tuckctl.kernel.syscalls import mount_setattr, setns, unshare
@@ -36,7 +38,10 @@ def on_thread(work: Callable[[], _T]) -> _T:
             failures.append(error)
 
     thread = threading.Thread(target=run, name="tuckctl-namespace")
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise KernelError("clone", "a thread of this process", errno.EAGAIN) from error
     thread.join()
     if failures:
         raise failures[0]

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A scene in which one fault after the other is tried: who sees the target, what they see, and what is left behind.
+
+There are a peer, a slave, a private receiver, and a slave with mounts of its own on the target, as a container has.
+A reader looks on in each of them all the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import stat
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from tests.kernel.lab import children, loop_devices, run
+from tests.kernel.scenes import BASE, Scene, Space, bind, end, image_files, mount_on, wait_until, write_tree
+from tests.kernel.walking import How, Order, do, walk
+from tuckctl.cli.run import run as run_tuckctl
+from tuckctl.errors import KernelError
+from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation
+from tuckctl.kernel.syscalls import listmount, mount_id, setns
+from tuckctl.kernel.watch import Look, Watch, end_with_parent
+from tuckctl.target import look
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from tuckctl.kernel.syscalls import Mount
+
+_PAUSE_US = 1000
+_SETTLED = 0.6
+_OWN = {"sub/own": b"own", "file": b"own"}
+_CONTENTS = ("base", "a", "b")
+_COMMON = {"common": b"common"}
+_TREES = {"base": BASE, **{name: BASE | _COMMON | image_files(name) for name in ("a", "b")}}
+_FOLLOWERS, _STRAYS = ("here", "peer", "slave"), ("private", "own")
+# What a clean run leaves, by the names in the target's state, and in the run directory.
+_RECORD = re.compile(rb"current\.json|[0-9]+\.json")
+_OF_THE_RUN = re.compile(rb"locks/[^/]+|targets/[^/]+/replaced\.json")
+
+
+def images(disk: bytes) -> dict[str, bytes]:
+    """Make the images: two that need a loop device, and one that does not, on which both lie."""
+    found = {}
+    for name in ("a", "b"):
+        tree = write_tree(disk + b"/tree-" + name.encode(), image_files(name))
+        found[name] = disk + b"/%s.squashfs" % name.encode()
+        run("mksquashfs", tree, found[name], "-noappend", "-quiet", "-no-progress")
+    found["common"] = disk + b"/common.erofs"
+    run("mkfs.erofs", "--quiet", found["common"], write_tree(disk + b"/tree-common", _COMMON))
+    return found
+
+
+class Task(NamedTuple):
+    """What is to be done, what is seen before, and what after it."""
+
+    words: tuple[str, ...]
+    old: str
+    new: str
+
+
+class Onlooker:
+    """A process that looks at the target without an end, in some namespace."""
+
+    def __init__(self, target: bytes, space: Space | None) -> None:
+        self._watch = Watch()
+        self._watch.pause(_PAUSE_US)
+        parent = os.getpid()
+        self.pid = os.fork()
+        if self.pid == 0:
+            with contextlib.suppress(BaseException):
+                end_with_parent(parent)
+                if space is not None:
+                    setns(space.namespace, Clone.NEWNS)
+                os.nice(19)
+                contents = [name.encode() for name in _CONTENTS]
+                self._watch.look(Look.READ, target + b"/which", contents, contents[1:])
+            os._exit(1)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._watch.ready
+
+    def wrong(self, *, base: bool) -> int:
+        """Return how many looks saw an error, a mixture or, unless it may be seen, base."""
+        tally = self._watch.tally()
+        return tally.errors + tally.other + (0 if base else tally.seen[0])
+
+    def sample(self) -> str:
+        tally = self._watch.tally()
+        named = errno.errorcode.get(tally.last_errno, "-")
+        return f"base {tally.seen[0]}, errors {tally.errors} ({named}), others {tally.other} {tally.sample!r}"
+
+    def close(self) -> None:
+        end(self.pid)
+        self._watch.close()
+
+
+class Receiver(NamedTuple):
+    """A namespace in which the target is looked at, and what it has mounted there by itself."""
+
+    kind: str
+    space: Space | None
+    onlooker: Onlooker
+
+    def path(self, path: bytes) -> bytes:
+        return path if self.space is None else self.space.path(path)
+
+    def close(self) -> None:
+        self.onlooker.close()
+        if self.space is not None:
+            self.space.close()
+
+
+class Stage:
+    """The scene, for one walk: a swap, a rollback, a detach, a first swap on a bare directory, a recovery.
+
+    `cut` is where the swap was killed that is to be recovered.
+    """
+
+    def __init__(self, disk: bytes, images: dict[str, bytes], walk_name: str, cut: tuple[str, int] | None) -> None:
+        self.walk, self.images, self._cut = walk_name, images, cut
+        self.scene = Scene(disk)
+        self.target = self.scene.target
+        self.argument = os.fsdecode(self.target)
+        self._folder = disk + b"/state/targets"
+        self.receivers: list[Receiver] = []
+        self.do(*self.swap_to("b"))
+        self.do(*self.swap_to("a"))
+        self._folder = os.path.join(self._folder, os.listdir(self._folder)[0])
+        if walk_name == "first":
+            self.do("detach", self.argument)
+        # From base, nothing leads to those that are no peers and no slaves.
+        for kind in _FOLLOWERS if walk_name == "first" else (*_FOLLOWERS, *_STRAYS):
+            self._add(kind)
+        wait_until(lambda: all(receiver.onlooker.is_ready for receiver in self.receivers))
+        self._processes = set(children())
+        self.before = self.shape()
+
+    def close(self) -> None:
+        for receiver in self.receivers:
+            receiver.close()
+        self.scene.closing.close()
+
+    def _add(self, kind: str) -> None:
+        space = None
+        if kind != "here":
+            space = Space("slave" if kind == "own" else kind, self.scene.around)
+        if kind == "own" and space is not None:
+            space.do(self._mount_own)
+        self.receivers.append(Receiver(kind, space, Onlooker(self.target, space)))
+
+    def _mount_own(self) -> None:
+        mount_on(self.target + b"/sub", Propagation.PRIVATE)
+        write_tree(self.target + b"/sub", {"own": b"own"})
+        bind(self.target + b"/sub/own", self.target + b"/file", Propagation.PRIVATE)
+
+    # What is done.
+
+    def do(self, *words: str) -> None:
+        """Do something in a process of its own that is left alone; it must succeed."""
+        done = do(lambda: run_tuckctl([*words, "--json"]))
+        assert done.exit_code == 0, f"{done.exit_code}: {done.out!r} {done.err!r}: {words}"
+
+    def swap_to(self, content: str) -> tuple[str, ...]:
+        paths = [os.fsdecode(self.images[name]) for name in (content, "common")]
+        return "swap", self.argument, *paths, "--keep", "1"
+
+    def prepare(self) -> Task:
+        """Have the next command find what the first one found; return what it is."""
+        here = self.sees(self.receivers[0])
+        other = "b" if here == "a" else "a"
+        if self.walk == "first":
+            if here != "base":
+                self.do("detach", self.argument)
+                self.before = self.shape()
+            return Task(self.swap_to("a"), "base", "a")
+        if self.walk in ("swap", "recover"):
+            self._forget_copies()
+        if self.walk == "recover":
+            assert self._cut is not None
+            words = self.swap_to(other)
+            walk(lambda: run_tuckctl([*words, "--json"]), Order(How.KILL, *self._cut))
+        if self.walk == "swap":
+            return Task(self.swap_to(other), here, other)
+        return Task((self.walk, self.argument), here, "base" if self.walk == "detach" else other)
+
+    def _forget_copies(self) -> None:
+        """Drop the kept images that are not live, so that a swap has to make its copy."""
+        current = json.loads(self._record("current.json"))["generation"]
+        kept = {image["sha256"] for image in json.loads(self._record(f"{current}.json"))["images"]}
+        folder = self.scene.disk + b"/state/images"
+        for name in os.listdir(folder):
+            if name.decode() not in kept:
+                os.unlink(os.path.join(folder, name))
+
+    def _record(self, name: str) -> bytes:
+        return Path(os.fsdecode(self._folder), name).read_bytes()
+
+    # What is to be seen.
+
+    def sees(self, receiver: Receiver) -> str:
+        """Return the content that is seen somewhere, or what is wrong with it."""
+        try:
+            found = dict(_files(receiver.path(self.target)))
+        except OSError as error:
+            return f"{errno.errorcode[error.errno or 0]} at {error.filename!r}"
+        for content, tree in _TREES.items():
+            wanted = tree
+            if receiver.kind == "own":
+                wanted = {name: text for name, text in tree.items() if not name.startswith("sub/")} | _OWN
+            if found == wanted:
+                return content
+        return f"a mixture: {sorted(found.items())}"
+
+    def seen(self) -> dict[str, str]:
+        return {receiver.kind: self.sees(receiver) for receiver in self.receivers}
+
+    def ids(self) -> dict[str, int]:
+        """Return which mount is seen, in each namespace."""
+        return {receiver.kind: mount_id(AT_FDCWD, receiver.path(self.target)) for receiver in self.receivers}
+
+    def shape(self) -> list[str]:
+        """Return every mount around the target, in each namespace, with how it relates to the others."""
+        groups: dict[int, int] = {}
+        lines = []
+        for receiver in self.receivers:
+            mounts = self._mounts(receiver.space.id if receiver.space is not None else 0)
+            labels = {mount.id: _label(mount, mounts, len(self.scene.disk)) for mount in mounts.values()}
+            for mount in sorted(mounts.values(), key=lambda each: labels[each.id]):
+                group, master = (
+                    groups.setdefault(number, len(groups) + 1) if number else 0
+                    for number in (mount.peer_group, mount.master)
+                )
+                source = re.sub(rb"@\d+", b"@N", mount.source.replace(self.scene.disk, b""))
+                lines.append(
+                    f"{receiver.kind}: {labels[mount.id]} {mount.fstype} {source.decode()} root={mount.root.decode()}"
+                    f" {mount.attributes!r} {mount.propagation!r} shared:{group} master:{master}"
+                )
+        return lines
+
+    def _mounts(self, space: int) -> dict[int, Mount]:
+        found = {}
+        for each in listmount(namespace_id=space):
+            with contextlib.suppress(KernelError):
+                mount = look(each, space)
+                if (mount.point + b"/").startswith(self.scene.disk + b"/"):
+                    found[each] = mount
+        return found
+
+    def mess(self, clean: Sequence[list[str]]) -> list[str]:
+        """Return in what the scene differs from what a clean run leaves, after some patience."""
+        deadline = time.monotonic() + _SETTLED
+        while True:
+            shape = self.shape()
+            found = [*self._files_left(), *self._others_left()]
+            if shape not in clean:
+                best = min(clean, key=lambda each: len(set(each) ^ set(shape)))
+                found += [f"missing: {line}" for line in best if line not in shape]
+                found += [f"too many: {line}" for line in shape if line not in best]
+            if not found or time.monotonic() > deadline:
+                return found
+            time.sleep(0.01)
+
+    def _files_left(self) -> Iterator[str]:
+        """Tell of files that a clean run does not leave."""
+        named = set()
+        for name in map(os.fsdecode, os.listdir(self._folder)):
+            if not _RECORD.fullmatch(os.fsencode(name)):
+                yield f"the file {name} in the target's state"
+                continue
+            try:
+                record = json.loads(self._record(name))
+            except ValueError as error:
+                yield f"the record {name} is damaged: {error}"
+                continue
+            named |= {image["sha256"] for image in record.get("images", ())}
+            if record.get("outcome") == "pending":
+                yield f"the record {name} is pending"
+        for name in map(os.fsdecode, os.listdir(self.scene.disk + b"/state/images")):
+            if name not in named:
+                yield f"the kept image {name}, which no record names"
+        top = self.scene.disk + b"/run"
+        for folder, _, names in os.walk(top):
+            for place in (os.path.relpath(os.path.join(folder, name), top) for name in names):
+                if not _OF_THE_RUN.fullmatch(place):
+                    yield f"the file {place!r} in the run directory"
+
+    def _others_left(self) -> Iterator[str]:
+        devices = [path for path in loop_devices().values() if os.fsdecode(self.scene.disk) + "/" in path]
+        if len(devices) > bool(self.scene.stack):
+            yield f"{len(devices)} loop devices: {devices}"
+        if more := set(children()) - self._processes:
+            yield f"processes {more}"
+
+
+def _files(folder: bytes, below: str = "") -> Iterator[tuple[str, bytes]]:
+    """Read every file; each point does it some ten times."""
+    for name in os.listdir(folder):
+        path, shown = folder + b"/" + name, below + name.decode()
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            if stat.S_ISDIR(os.fstat(fd).st_mode):
+                yield from _files(path, shown + "/")
+            else:
+                yield shown, os.read(fd, 4096)
+        finally:
+            os.close(fd)
+
+
+def _label(mount: Mount, mounts: dict[int, Mount], prefix: int) -> str:
+    """Tell a mount from the others of its namespace by what it lies on."""
+    below = mounts.get(mount.parent_id)
+    here = mount.point[prefix:].decode()
+    return here if below is None else f"{_label(below, mounts, prefix)}>{here}"

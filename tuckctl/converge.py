@@ -1,0 +1,934 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Receivers that propagation does not bring to the new content, brought to it one by one.
+
+In the receiver's namespace a clone of the same part of new is put beneath its mount, with that mount's
+flags, submounts and propagation, and the mount is taken off. Nobody sees anything of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import time
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tuckctl import stop
+from tuckctl.aside import Asides, Common
+from tuckctl.errors import IncompleteError, KernelError, UndoneError
+from tuckctl.frozen import frozen
+from tuckctl.holding import Seat
+from tuckctl.holding import find as find_holders
+from tuckctl.journal import mounted
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.flags import Clone, MountAttr, Propagation, Resolve, Umount
+from tuckctl.kernel.syscalls import (
+    Replacement,
+    mount_id,
+    mount_setattr,
+    move_mount,
+    open_tree,
+    open_tree_attr,
+    openat2,
+    replace_mounts,
+    setns,
+    show,
+    umount2,
+)
+from tuckctl.kernel.threads import on_thread
+from tuckctl.receivers import place_of, reason_of
+from tuckctl.relations import New, Relations
+from tuckctl.spaces import in_spaces, insist, is_folder, is_gone, reach, relative
+from tuckctl.switchboard import BLANK, Switchboard, alone, unmount_here
+from tuckctl.target import children, look
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from tuckctl.journal import Journal, Mounted
+    from tuckctl.kernel.syscalls import Match, Mount
+    from tuckctl.receivers import Arrival, Place
+    from tuckctl.selection import Selection
+    from tuckctl.target import Content
+
+_AT_ONCE = 32
+"""How many receivers one thread brings; each takes a few descriptors."""
+_LONGEST_PAUSE = 0.05
+
+
+class _NoPlaceError(Exception):
+    """The new content lacks what the receiver shows, or a place for what is mounted on it."""
+
+
+@frozen
+class _Shown:
+    """Content that receivers show: its superblock, the part of it that is whole, its flags where they are known."""
+
+    device: tuple[int, int]
+    root: bytes
+    attributes: MountAttr | None
+
+
+@dataclass(slots=True)
+class _Stray:
+    """One receiver on its way to new: how it was found, and how far it got."""
+
+    match: Match
+    shown: _Shown
+    reason: str
+    mount: Mount
+    parent: Mount
+    """The mount around it; before that was looked for, the receiver's own."""
+    clone: Fd = field(default_factory=lambda: Fd(-1))
+    is_slave: bool = False
+    """Whether the clone is a slave of new."""
+    names: list[bytes] = field(default_factory=list)
+    """Where its submounts were attached to the clone."""
+    ids: tuple[int, ...] = ()
+    """Its id, and those of its submounts."""
+    is_covered: bool = False
+    layer: Mount | None = None
+    """What lay beneath it, was taken out for the moment, and has to come back."""
+    found: int = 0
+    """The id of what an interrupted attempt had put in its place already."""
+    is_placed: bool = False
+    is_off: bool = False
+    """Whether its mount was taken off."""
+    member: Fd | None = None
+    """One of the clone's peer group, where the clone was put as a locked mount: through it alone can one reveal."""
+
+    @property
+    def is_locked(self) -> bool:
+        """Whether the clone was put so that the root of its user namespace cannot take it off."""
+        return self.member is not None
+
+    @property
+    def place(self) -> bytes:
+        """The path of its mount point in the mount around it."""
+        return relative(self.mount.point, self.parent.point)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether one unmount takes it off, and proves that nobody uses it."""
+        return not (self.names or self.is_covered)
+
+
+class Convergence:
+    """Brings the receivers of old, or of earlier content that some were left on, to new."""
+
+    def __init__(
+        self,
+        path: bytes,
+        old: Mount | None,
+        new: Fd,
+        *,
+        busy: str,
+        deadline: float,
+        left: Sequence[Content] = (),
+        excepted: Selection,
+        around: Mount,
+        base: Mount | None = None,
+        journal: Journal | None = None,
+    ) -> None:
+        """Take what is replaced, and what replaces it; nothing is done yet.
+
+        `left` is earlier content that some receiver was left on; `excepted` tells who is to stay as it is.
+        `around` is the mount on which both lie. `base` is the mount that what lies at the bottom is in, where `new`
+        is a directory's descriptor there.
+        """
+        self.excepted = excepted
+        self.converged: dict[int, str] = {}
+        """Why each mount that was brought to a receiver had to be, by its id."""
+        self.replaced: dict[int, Seat] = {}
+        """The ids of mounts that were taken off while someone may have used them, and where they were."""
+        self._path, self._fd, self._base = path, new, base
+        self._busy, self._deadline = busy, deadline
+        self._failed: dict[int, str] = {}
+        self._recalled: dict[int, Mounted] = {}
+        self._brought: set[int] = set()
+        self._beneath: dict[int, int] = {}
+        """The mounts of new that came to receivers in this transaction, by their ids: beneath whose mount each did."""
+        self._before: dict[int, Match] = {}
+        """Receivers as they were before the reveal, by their ids: a slave is private once its masters are gone."""
+        self._shown = [_Shown(old.device, old.root, old.attributes)] if old is not None else []
+        self._shown += [_Shown(content.device, content.root, None) for content in left]
+        self._stack = contextlib.ExitStack()
+        self._board = self._stack.enter_context(Switchboard())
+        self._board.lend(around)
+        self._journal = journal
+        if journal is not None:
+            self._board.note = journal.changing
+        self._asides = Asides(path, old, self._board, self._stack, journal)
+        self._relations = Relations(old, self._board.home, self._stack)
+        self._placed: list[_Stray] = []
+        self._is_placing = False
+        self._known: New | None = None
+
+    def __enter__(self) -> Self:
+        """Own what it opens for the length of a block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Close it."""
+        self._stack.close()
+
+    def explains(self, match: Match) -> bool:
+        """Whether it is known why a receiver was left where it was."""
+        return match.mount_id in self._failed or self.excepted(match)
+
+    def reasons(self, stale: Iterable[Match]) -> dict[int, str]:
+        """Return why receivers were left where they were, by the ids of their mounts, as far as it is known here."""
+        found = {
+            match.mount_id: self._failed.get(match.mount_id, self._asides.reason(match.mount_id)) for match in stale
+        }
+        return {identity: reason for identity, reason in found.items() if reason is not None}
+
+    @property
+    def devices(self) -> tuple[tuple[int, int], ...]:
+        """The superblocks of what is replaced."""
+        return tuple(shown.device for shown in self._shown)
+
+    @property
+    def locked(self) -> set[int]:
+        """The ids of the mounts that the root of another user namespace cannot take off."""
+        return self._asides.locked
+
+    @property
+    def failed(self) -> frozenset[int]:
+        """The ids of the mounts of those that could not be brought."""
+        return frozenset(self._failed)
+
+    def _look_at_new(self) -> New:
+        """Look at new as it is now; its propagation changes on the way."""
+        if self._base is not None:
+            self._known = New(self._base, self._fd, is_base=True)
+        else:
+            facts = look(mount_id(self._fd))
+            whole = self._known.whole if self._known else self._stack.enter_context(open_tree(self._fd, clone=True))
+            self._known = New(facts, whole)
+        return self._known
+
+    def recall(self, aside: Iterable[Mounted], brought: Iterable[Mounted]) -> None:
+        """Take what an interrupted transaction told: who was set aside, as they were, and what it put in places."""
+        self._recalled = {mount.id: mount for mount in aside}
+        self._brought = {mount.id for mount in brought}
+
+    def know_slaves(self, ids: Iterable[int]) -> None:
+        """Take who among those that were left on earlier content was a slave of it."""
+        self._relations.slaves = frozenset(ids)
+
+    def slaves(self) -> tuple[int, ...]:
+        """Return who was a slave of old, or of the content before, by the ids of their mounts."""
+        found = (mount for mount, match in self._before.items() if self._relations.is_slave_of_old(match))
+        return tuple(dict.fromkeys((*self._relations.slaves, *found)))
+
+    # Before the reveal.
+
+    def set_aside(self, found: Arrival, new: Mapping[int, Match], common: Common, *, carriers: bool) -> Arrival:
+        """Set aside who would lose something by the reveal, or is excepted; return who still follows.
+
+        `new` are the copies of new by their ids; for the others and the errors see `Asides.set_aside`.
+        """
+        self._before = {match.mount_id: match for match in (*found.follow, *found.stale)}
+        self._relations.note_masters(self._before.values())
+        found = self._asides.set_aside(found, common, carriers=carriers, excepted=self.excepted)
+        self._relations.note_followers(
+            {m.peer_group: new[m.parent_id] for m in found.follow if m.peer_group and m.parent_id in new}
+        )
+        self._beneath |= {match.parent_id: match.mount_id for match in found.follow}
+        return found
+
+    def lock(self, found: Arrival, submounts: Sequence[tuple[bytes, Fd]]) -> Arrival:
+        """Have receivers in other user namespaces follow, and kept from their root; see `Asides.lock`."""
+        found = self._asides.lock(found, self._look_at_new, submounts)
+        self._beneath |= {match.parent_id: match.mount_id for match in found.follow}
+        return found
+
+    def lock_seen(self, copies: Sequence[Match]) -> None:
+        """Keep a first overlay, which is seen already, from the root of other user namespaces."""
+        if any(self._asides.is_foreign(match) for match in copies):
+            self._asides.lock_seen(copies, self._look_at_new())
+
+    def place(self, stale: Sequence[Match]) -> None:
+        """Put new beneath every receiver that would not follow, so that one unmount reveals it to all.
+
+        Raises UndoneError where one cannot be brought; `reasons` tell why.
+        """
+        if not look(mount_id(self._fd)).peer_group:
+            mount_setattr(self._fd, propagation=Propagation.SHARED)
+        new = self._look_at_new()
+        self._is_placing = True
+        for chunk in self._chunks(stale):
+            on_thread(partial(self._place_all, chunk, new))
+        self._is_placing = False
+        self._refuse_in_use()
+        if self._failed:
+            count = len(self._failed)
+            raise UndoneError(
+                "receivers-would-be-left-behind",
+                f"{show(self._path)}: {count} receiver{'s' if count > 1 else ''} cannot be brought to the new content",
+                "--receivers converge swaps for the others; --except leaves named ones as they are",
+            )
+
+    @property
+    def placed(self) -> tuple[int, ...]:
+        """The ids of the mounts of those that `place` prepared, with what is mounted on them."""
+        return tuple(identity for stray in self._placed for identity in stray.ids)
+
+    def _refuse_in_use(self) -> None:
+        """Wait, and note who uses what the one unmount cannot prove to be free."""
+        alone = [stray for stray in self._placed if not stray.is_plain or stray.mount.root != stray.shown.root]
+        if not alone or self._busy == "lazy":
+            return
+        ids = tuple(identity for stray in alone for identity in stray.ids)
+        for _ in stop.pauses(self._deadline):
+            if not find_holders(self._path, ids, ()):
+                return
+            if self._busy == "fail":
+                break
+        for stray in alone:
+            if find_holders(self._path, stray.ids, ()):
+                self._failed[stray.mount.id] = "busy"
+
+    def give_back(self) -> None:
+        """Have everyone as the tuck left them: taking new out again goes by position as well.
+
+        Raises IncompleteError where that cannot be; then new must not be taken out.
+        """
+        try:
+            self._withdraw_placed()
+            if self._asides:
+                self._asides.give_back(insist(self._look_at_new))
+        except (KernelError, OSError, RuntimeError) as error:
+            raise IncompleteError(
+                "undo-failed",
+                f"{show(self._path)}: the content before is seen, but the new one cannot be taken out from beneath it"
+                f" without harm to another namespace: {error}",
+                f"tuckctl status {show(self._path)}",
+            ) from error
+
+    def _withdraw_placed(self) -> None:
+        placed = {stray.mount.id: stray for stray in self._placed}
+        for match, space in in_spaces([stray.match for stray in self._placed]):
+            try:
+                insist(partial(on_thread, partial(self._withdraw, placed[match.mount_id], space)))
+            except KernelError:
+                if not is_gone(match.mount_id, match.namespace_id):
+                    raise
+        self._close_placed()
+
+    def _close_placed(self) -> None:
+        for stray in self._placed:
+            stray.clone.close()
+        self._placed.clear()
+
+    # After it.
+
+    def finish(self) -> None:
+        """Take off what the reveal left on those that `place` prepared, and give each its own propagation."""
+        if not self._placed:
+            return
+        placed = {stray.mount.id: stray for stray in self._placed}
+        try:
+            new = self._look_at_new()
+            for match, space in in_spaces([stray.match for stray in self._placed]):
+                finish = partial(self._finish, placed[match.mount_id], space, new)
+                with self._failing(placed[match.mount_id]):
+                    insist(partial(on_thread, finish))
+        except (KernelError, OSError, RuntimeError):
+            self._give_up(stray.match for stray in self._placed)
+        self._close_placed()
+
+    def _finish(self, stray: _Stray, space: Fd, new: New) -> None:
+        setns(space, Clone.NEWNS)
+        if not is_gone(stray.mount.id, stray.match.namespace_id):
+            self._detach(stray, space)
+        if not stray.is_locked:
+            self._settle(stray)
+            setns(self._board.home, Clone.NEWNS)
+            self._relate(stray, new)
+
+    def bring(self, stale: Iterable[Match]) -> None:
+        """Bring these receivers to new, each as it is; `explains` and `reasons` tell of those that cannot be.
+
+        Nobody waits for those that are in use but they themselves.
+        """
+        wanted = list(stale)
+        self._bring(wanted, patient=False)
+        # What the kernel would not have once may have been for what others did at that moment.
+        again = {"covered", "unreachable"} | ({"busy"} if self._busy == "wait" else set())
+        wanted = [match for match in wanted if self._failed.get(match.mount_id) in again]
+        for match in wanted:
+            del self._failed[match.mount_id]
+        self._bring(wanted, patient=self._busy == "wait")
+
+    def _bring(self, wanted: Sequence[Match], *, patient: bool) -> None:
+        try:
+            new = self._look_at_new()
+            self._relations.note_masters(wanted)
+            for chunk in self._chunks(wanted):
+                on_thread(partial(self._bring_all, chunk, new, patient=patient))
+        except (KernelError, OSError, RuntimeError):
+            self._give_up(wanted)
+
+    def _give_up(self, wanted: Iterable[Match]) -> None:
+        """Note who is not on the new content, which is live and cannot be taken back any more."""
+        for match in wanted:
+            if not is_gone(match.mount_id, match.namespace_id):
+                self._failed.setdefault(match.mount_id, "unreachable")
+
+    def _chunks(self, matches: Iterable[Match]) -> Iterator[list[tuple[_Stray, Fd]]]:
+        """Give receivers some at a time, with their namespaces open."""
+        wanted = [match for match in matches if not self.excepted(match)]
+        place = None
+        with contextlib.suppress(KernelError):
+            place = place_of(self._path)
+        with contextlib.ExitStack() as stack:
+            chunk: list[tuple[_Stray, Fd]] = []
+            for match, space in in_spaces(wanted):
+                stray = self._stray(match, place)
+                if stray is not None:
+                    # One namespace may have more receivers than one chunk takes.
+                    chunk.append((stray, stack.enter_context(Fd(os.dup(space.fileno())))))
+                if len(chunk) >= _AT_ONCE:
+                    yield chunk
+                    chunk = []
+                    stack.pop_all().close()
+            if chunk:
+                yield chunk
+
+    def _stray(self, match: Match, place: Place | None) -> _Stray | None:
+        try:
+            mount = look(match.mount_id, match.namespace_id)
+        except KernelError:
+            return None  # its namespace is gone, and with it the receiver
+        reason = self._asides.reason(mount.id) or reason_of(match, self._path, mount=mount, place=place)
+        for shown in self._shown:
+            if shown.device == mount.device and (mount.root + b"/").startswith(shown.root.rstrip(b"/") + b"/"):
+                before = self._before.get(mount.id, self._asides.original(match))
+                told = self._recalled.get(mount.id)
+                if told is not None:
+                    before = replace(before, peer_group=told.peer_group, master=told.master)
+                return _Stray(before, shown, reason, mount, mount)
+        return None
+
+    # On a thread that may change its namespace.
+
+    def _place_all(self, chunk: list[tuple[_Stray, Fd]], new: New) -> None:
+        for stray, space in chunk:
+            with self._failing(stray):
+                setns(self._board.home, Clone.NEWNS)
+                self._clone(stray, new)
+                self._note([stray])
+                self._placed.append(stray)
+                self._put(stray, space, new)
+        self._placed = [stray for stray in self._placed if stray.is_placed]
+
+    def _bring_all(self, chunk: list[tuple[_Stray, Fd]], new: New, *, patient: bool) -> None:
+        try:
+            for stray, _ in chunk:
+                with self._failing(stray):
+                    self._clone(stray, new)
+            self._note([stray for stray, _ in chunk if not stray.clone.closed])
+            self._replace_simple(chunk, new)
+            for stray, space in chunk:
+                with self._failing(stray):
+                    self._bring_one(stray, space, new, patient=patient)
+            insist(partial(setns, self._board.home, Clone.NEWNS))
+            for stray, _ in chunk:
+                if stray.is_placed and not stray.is_locked:
+                    self._relate(stray, new)
+        finally:
+            for stray, _ in chunk:
+                stray.clone.close()
+
+    def _bring_one(self, stray: _Stray, space: Fd, new: New, *, patient: bool) -> None:
+        """Bring a receiver that has something of its own, or is in use."""
+        if stray.is_off:
+            return
+        if stray.is_placed:
+            setns(space, Clone.NEWNS)
+            stray.parent = look(stray.mount.parent_id)
+            self._take_off(stray, space, patient=patient)
+        elif self._rests_on_base(stray, space, new):
+            self._take_off(stray, space, patient=patient)
+        elif not stray.clone.closed:
+            self._put(stray, space, new, patient=patient)
+            try:
+                self._take_off(stray, space, patient=patient)
+            finally:
+                if stray.layer is not None:
+                    insist(partial(self._put_layer, stray, stray.layer, space, new))
+            if stray.found:
+                stray.clone.close()
+                stray.clone = reach(stray.mount.point, stray.found)
+            if not stray.is_locked:
+                insist(partial(self._settle, stray))
+
+    def _note(self, strays: Sequence[_Stray], identity: int = 0) -> None:
+        if self._journal is not None:
+            every = bool(identity) or self._base is not None
+            related = [stray for stray in strays if every or stray.match.peer_group or stray.match.master]
+            told = [
+                mounted(stray.match, identity or mount_id(stray.clone), stray.match.namespace_id) for stray in related
+            ]
+            self._journal.bringing(told)
+
+    def rejoin(self, brought: Iterable[Mounted]) -> None:
+        """Give mounts that were brought, and not to their end, the relations that they were to have."""
+        new = self._look_at_new()
+        for item, space in in_spaces(brought):
+            with contextlib.suppress(KernelError):
+                on_thread(partial(self._rejoin, item, space, new))
+
+    def _rejoin(self, item: Mounted, space: Fd, new: New) -> None:
+        setns(space, Clone.NEWNS)
+        mount = look(item.id)
+        if mount.peer_group or (mount.master and not item.peer_group):
+            return
+        with reach(mount.point, mount.id) as seen:
+            if mount.master:
+                mount_setattr(seen, propagation=Propagation.PRIVATE)
+            setns(self._board.home, Clone.NEWNS)
+            self._relations.join(item, seen, new)
+
+    def _replace_simple(self, chunk: Sequence[tuple[_Stray, Fd]], new: New) -> None:
+        """Bring those who have nothing of their own but the mount, as far as nothing is in the way: in one call.
+
+        There may be a thousand. The others, and those who are in use, come one by one.
+        """
+        simple = [(stray, space) for stray, space in chunk if self._is_simple(stray, new)]
+        told = replace_mounts(
+            [
+                Replacement(space, stray.clone, mount.id, mount.parent_id, new.facts.device, mount.point)
+                for stray, space in simple
+                for mount in (stray.mount,)
+            ]
+        )
+        for (stray, _), (is_placed, error) in zip(simple, told, strict=True):
+            stray.ids = (stray.mount.id,)
+            stray.is_placed, stray.is_off = is_placed, is_placed and not error
+            if is_placed:
+                self._tell_placed(mount_id(stray.clone), stray)
+
+    def _is_simple(self, stray: _Stray, new: New) -> bool:
+        """Whether all of a directory is to be replaced, and the clone then is what it has to be."""
+        return not (
+            new.is_base
+            or stray.clone.closed
+            or stray.mount.root != stray.shown.root
+            or stray.match.propagation & Propagation.UNBINDABLE
+            or (stray.is_slave and not self._relations.is_slave_of_old(stray.match))
+            or self._asides.is_foreign(stray.match)
+        )
+
+    @contextlib.contextmanager
+    def _failing(self, stray: _Stray) -> Iterator[None]:
+        """Note why a receiver could not be brought; one that is gone needs nothing."""
+        try:
+            yield
+        except _NoPlaceError:
+            self._failed[stray.mount.id] = stray.reason
+        except KernelError as error:
+            if not is_gone(stray.mount.id, stray.match.namespace_id):
+                self._failed[stray.mount.id] = _why(stray, error)
+
+    def _clone(self, stray: _Stray, new: New) -> None:
+        """Clone the part of new that the receiver shows of old, with its flags.
+
+        It is a slave of new where the receiver is one of old, or where it is to follow the reveal; else it is
+        private until it is seen.
+        """
+        part = relative(stray.mount.root, stray.shown.root)
+        if (new.facts.attributes | stray.match.attributes) & MountAttr.IDMAP:
+            raise _NoPlaceError
+        set_, clear = _flags(stray, new.facts.attributes)
+        has_slaves = bool(new.facts.peer_group) and not new.is_base
+        stray.is_slave = has_slaves and (self._is_placing or self._relations.is_slave_of_old(stray.match))
+        propagation = Propagation.SLAVE if stray.is_slave else Propagation.PRIVATE
+        with contextlib.ExitStack() as stack:
+            source = new.whole
+            if part:
+                try:
+                    source = stack.enter_context(
+                        openat2(source, part, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH | Resolve.NO_XDEV)
+                    )
+                except KernelError as error:
+                    raise _no_place(error) from error
+            stray.clone = open_tree_attr(source, set_=set_, clear=clear, propagation=propagation)
+
+    def _rests_on_base(self, stray: _Stray, space: Fd, new: New) -> bool:
+        """Whether what is wanted is base, and that is what lies beneath the receiver's mount."""
+        if not new.is_base:
+            return False
+        setns(space, Clone.NEWNS)
+        mount = look(stray.match.mount_id)
+        parent = look(mount.parent_id)
+        stray.mount, stray.parent, stray.ids = mount, parent, (mount.id,)
+        here = os.path.normpath(parent.root + b"/" + stray.place)
+        base = os.path.normpath(new.facts.root + b"/" + relative(self._path, new.facts.point))
+        return parent.device == new.facts.device and here == base and not children(mount.id)
+
+    def _put(self, stray: _Stray, space: Fd, new: New, *, patient: bool = False) -> None:
+        """Put the clone beneath the receiver's mount, and what is mounted on that on the clone."""
+        setns(space, Clone.NEWNS)
+        stray.mount = mount = look(stray.match.mount_id)
+        stray.parent = look(mount.parent_id)
+        if stray.parent.point == mount.point:
+            with contextlib.suppress(KernelError):
+                self._take_out_remains(stray, space, new)
+            if self._is_there(stray, new):
+                return
+            if stray.parent.peer_group and new.is_copy(stray.parent):
+                # Another receiver's, on which this one lies: it is covered, and cannot be kept from its peers.
+                stray.layer = stray.parent
+                stray.parent = self._board.take_out(stray.parent.id, space)
+                setns(space, Clone.NEWNS)
+        with contextlib.ExitStack() as stack:
+            seen = stack.enter_context(self._reach(stray))
+            if stray.is_covered:
+                # What comes to lie between the two cannot be taken out again.
+                self._wait_until_unused(stray, (stray.mount.id,), patient=patient)
+            if is_folder(seen) != is_folder(stray.clone):
+                raise _NoPlaceError
+            submounts = [(name, stack.enter_context(tree)) for name, tree in _submounts(stray, seen)]
+            for name, tree in submounts:
+                _refuse_without_place(stray.clone, name, tree)
+            seen.close()  # it would be a holder
+            if self._asides.is_foreign(stray.match):
+                self._put_there(stray, space, submounts, patient=patient)
+            else:
+                self._put_beneath(stray, space, submounts)
+
+    def _put_layer(self, stray: _Stray, layer: Mount, space: Fd, new: New) -> None:
+        """Put back what lay beneath a receiver, and was taken out for the moment."""
+        setns(self._board.home, Clone.NEWNS)
+        set_, clear = layer.attributes & ~new.facts.attributes, new.facts.attributes & ~layer.attributes
+        propagation = Propagation.SLAVE if layer.master and new.facts.peer_group else Propagation.PRIVATE
+        atime = MountAttr.ATIME_FIELD
+        with (
+            open_tree_attr(new.whole, set_=set_ & ~atime, clear=clear & ~atime, propagation=propagation) as clone,
+            contextlib.ExitStack() as stack,
+        ):
+            setns(space, Clone.NEWNS)
+            top = look(mount_id(stray.clone)) if stray.is_placed else look(stray.mount.id)
+            seen = stack.enter_context(reach(top.point, top.id))
+            self._isolate(stray, stack)
+            move_mount(clone, seen, beneath=True)
+            if layer.peer_group:
+                mount_setattr(clone, propagation=Propagation.SHARED)
+
+    def _is_there(self, stray: _Stray, new: New) -> bool:
+        """Whether an interrupted attempt left all that is wanted beneath the receiver's mount, where it must stay."""
+        found = look(stray.mount.parent_id)
+        below = children(stray.mount.id)
+        if not (new.is_copy(found) or found.id in self._brought) or found.point != stray.mount.point or not below:
+            return False
+        mine = {mount.id for mount in below} | {stray.mount.id}
+        there = [mount for mount in children(found.id) if mount.id not in mine]
+        if {_told(mount) for mount in there} != {_told(mount) for mount in below}:
+            return False
+        stray.ids = (stray.mount.id, *(mount.id for mount in below))
+        stray.names = [relative(mount.point, stray.mount.point) for mount in below]
+        stray.found = found.id
+        stray.is_slave = bool(found.master)
+        stray.is_placed = True
+        self.converged[found.id] = stray.reason
+        return True
+
+    def _put_there(self, stray: _Stray, space: Fd, submounts: Sequence[tuple[bytes, Fd]], *, patient: bool) -> None:
+        """Put the clone into another user namespace: locked in the target's own place, elsewhere if it has to be."""
+        ways = [
+            partial(self._put_locked, stray, space, submounts, patient=patient),
+            partial(self._put_beneath, stray, space, submounts),
+        ]
+        if not self._board.is_lent_place(stray.parent, stray.place, self._path):
+            ways.reverse()
+        try:
+            ways[0]()
+        except KernelError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            setns(space, Clone.NEWNS)
+            ways[1]()
+
+    def _put_beneath(self, stray: _Stray, space: Fd, submounts: Sequence[tuple[bytes, Fd]]) -> None:
+        with contextlib.ExitStack() as stack:
+            tree = stray.clone
+            if submounts:
+                tree = stack.enter_context(self._with_submounts(stray.clone, submounts))
+                self._note([stray], mount_id(tree))
+                setns(space, Clone.NEWNS)
+            seen = stack.enter_context(self._reach(stray))
+            self._isolate(stray, stack)
+            move_mount(tree, seen, beneath=True)
+            if tree is not stray.clone:
+                stray.clone.close()
+                stray.clone = Fd(tree.release())
+                stray.names = [name for name, _ in submounts]
+            stray.is_placed = True
+            self._tell_placed(mount_id(stray.clone), stray)
+
+    def _take_out_remains(self, stray: _Stray, space: Fd, new: New) -> None:
+        """Take out what an interrupted attempt left beneath the receiver's mount, the lowest first."""
+        while True:
+            remains = []
+            at = look(stray.mount.parent_id)
+            while at.point == stray.mount.point and self._is_remainder(at, stray, new):
+                remains.append(at)
+                at = look(at.parent_id)
+            if not remains:
+                return
+            stray.parent = self._board.take_out(remains[-1].id, space)
+
+    def _tell_placed(self, identity: int, stray: _Stray) -> None:
+        self.converged[identity] = stray.reason
+        self._beneath[identity] = stray.mount.id
+
+    def _is_remainder(self, mount: Mount, stray: _Stray, new: New) -> bool:
+        if self._beneath.get(mount.id, stray.mount.id) != stray.mount.id:
+            return False  # another receiver, on which this one lies
+        if new.is_copy(mount) or mount.id in self._brought:
+            return True
+        ours = mount.source == BLANK or any(mount.device == shown.device for shown in self._shown)
+        return ours and self._asides.is_foreign(stray.match)
+
+    def _with_submounts(self, clone: Fd, submounts: Sequence[tuple[bytes, Fd]]) -> Fd:
+        """Return a copy of a clone with the receiver's submounts on it: what is put in its place is whole at once."""
+        with contextlib.ExitStack() as stack:
+            copies = [
+                (name, stack.enter_context(open_tree(tree, clone=True, recursive=True))) for name, tree in submounts
+            ]
+            return self._board.assembled(clone, copies)
+
+    def _isolate(self, stray: _Stray, stack: contextlib.ExitStack) -> None:
+        """Keep what is done on the mount around the receiver's from its peers, as long as the stack is open."""
+        if not stray.parent.peer_group and not self._is_placing:
+            return
+        # Where it cannot be reached there would be no way back: a bind of the target onto itself covers it.
+        root = stack.enter_context(reach(stray.parent.point, stray.parent.id))
+        if stray.parent.peer_group:
+            self._board.note(stray.parent)
+            stack.enter_context(alone(root, stray.parent))
+
+    def _put_locked(self, stray: _Stray, space: Fd, submounts: Sequence[tuple[bytes, Fd]], *, patient: bool) -> None:
+        """Put the clone beneath a mount that is locked: only by propagation can that be done."""
+        if submounts and self._is_placing:
+            raise KernelError("move_mount", show(stray.mount.point), errno.EINVAL)  # there would be no way back
+        if submounts:
+            self._wait_until_unused(stray, stray.ids, patient=patient)
+        with self._board.line(space, stray.parent, stray.place, occupied=False) as line:
+            member = line.put_locked(stray.clone, submounts)
+        stray.names += [name for name, _ in submounts]
+        stray.member = self._stack.enter_context(member)
+        stray.is_placed = True
+        below = look(look(stray.mount.id).parent_id)
+        self._tell_placed(below.id, stray)
+        self._asides.locked.add(below.id)
+
+    def _reach(self, stray: _Stray) -> Fd:
+        """Open the receiver's mount, or what covers it directly: beneath that is just above it."""
+        mount = stray.mount
+        try:
+            return reach(mount.point, mount.id)
+        except KernelError as error:
+            if error.errno != errno.ESTALE or mount.peer_group or self._is_placing:
+                raise
+            above = [child for child in children(mount.id) if child.parent_id == mount.id]
+            if len(above) != 1 or above[0].point != mount.point:
+                raise
+            stray.is_covered = True
+            return reach(mount.point, above[0].id)
+
+    def _take_off(self, stray: _Stray, space: Fd, *, patient: bool) -> None:
+        """Take the receiver's mount off as --busy says; where it stays in use, take the clone out again."""
+        if stray.is_covered:
+            insist(partial(self._detach, stray, space))
+            return
+        is_off = False
+        try:
+            is_off = any(self._try_to_take_off(stray, space) for _ in self._turns(patient=patient))
+        finally:
+            if not is_off and stray.is_placed and not is_gone(stray.mount.id, stray.match.namespace_id):
+                insist(partial(self._withdraw, stray, space))
+        if not is_off:
+            raise KernelError("umount2", show(stray.mount.point), errno.EBUSY)
+
+    def _try_to_take_off(self, stray: _Stray, space: Fd) -> bool:
+        """Take a receiver's mount off, if that may be at this moment; say whether it is."""
+        if stray.is_plain:
+            try:
+                self._unmount(stray, space)
+            except KernelError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+            else:
+                return is_gone(stray.mount.id, stray.match.namespace_id)
+        if self._busy == "lazy" or (not stray.is_plain and not find_holders(self._path, stray.ids, ())):
+            insist(partial(self._detach, stray, space))
+            return True
+        return False
+
+    def _wait_until_unused(self, stray: _Stray, ids: tuple[int, ...], *, patient: bool) -> None:
+        if self._busy != "lazy" and not any(
+            not find_holders(self._path, ids, ()) for _ in self._turns(patient=patient)
+        ):
+            raise KernelError("umount2", show(stray.mount.point), errno.EBUSY)
+
+    def _turns(self, *, patient: bool) -> Iterator[None]:
+        """Yield once, or until the deadline with ever longer pauses; it is too late to heed a wish to stop."""
+        pause = 0.001
+        yield
+        while patient and time.monotonic() + pause < self._deadline:
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+            yield
+
+    def _unmount(self, stray: _Stray, space: Fd) -> None:
+        """Take the receiver's mount off if nobody uses it."""
+        if stray.member is None:
+            reach(stray.mount.point, stray.mount.id).close()  # an unmount takes whatever is on top
+            try:
+                umount2(stray.mount.point)
+            except KernelError as error:
+                if not self._only_propagation_takes_off(stray, error):
+                    raise
+                if find_holders(self._path, stray.ids, ()):
+                    raise KernelError("umount2", show(stray.mount.point), errno.EBUSY) from error
+                self._board.take_out(stray.mount.id, space)
+            return
+        try:
+            self._board.reveal(stray.member, lazy=False)
+        finally:
+            setns(space, Clone.NEWNS)
+
+    def _detach(self, stray: _Stray, space: Fd) -> None:
+        mount = stray.mount
+        self.replaced |= dict.fromkeys(stray.ids, Seat(mount.point, relative(mount.root, stray.shown.root)))
+        if stray.is_covered:
+            self._board.take_out(mount.id, space)
+            return
+        if stray.member is not None:
+            # Where it has submounts it stays, but is not locked any more.
+            self._board.reveal(stray.member, lazy=True)
+            setns(space, Clone.NEWNS)
+            if is_gone(mount.id, stray.match.namespace_id):
+                return
+        with reach(mount.point, mount.id) as seen:
+            if stray.member is None and not stray.found:
+                self._bring_newcomers(stray, seen)
+            # What is mounted below goes with it; in a peer group, it would go from the clone as well.
+            mount_setattr(seen, propagation=Propagation.PRIVATE, recursive=True)
+            try:
+                unmount_here(seen, mount.point)
+            except KernelError as error:
+                if not self._only_propagation_takes_off(stray, error):
+                    raise
+                self._board.take_out(mount.id, space)
+
+    def _only_propagation_takes_off(self, stray: _Stray, error: KernelError) -> bool:
+        """Whether an unmount failed as the mount is locked, and base is what lies beneath it."""
+        return error.errno == errno.EINVAL and not stray.is_placed and self._asides.is_foreign(stray.match)
+
+    @staticmethod
+    def _bring_newcomers(stray: _Stray, seen: Fd) -> None:
+        """Bring what was mounted on the receiver's mount since it was looked at, as far as it has a place."""
+        below = [child for child in children(stray.mount.id) if child.parent_id == stray.mount.id]
+        for name in {relative(m.point, stray.mount.point) for m in below if m.id not in stray.ids} - {b""}:
+            with contextlib.suppress(KernelError), open_tree(seen, name, clone=True, recursive=True) as tree:
+                move_mount(tree, stray.clone, name)
+
+    def _withdraw(self, stray: _Stray, space: Fd) -> None:
+        """Take the clone out from beneath the receiver's mount, unseen as it came."""
+        setns(space, Clone.NEWNS)
+        if stray.found:
+            self.converged.pop(stray.found, None)
+            stray.is_placed = False
+            return
+        clone = look(stray.mount.id).parent_id if stray.is_locked else mount_id(stray.clone)
+        self.converged.pop(clone, None)
+        if stray.names:
+            # Not all at once: the receiver's own mount lies on the clone.
+            mount_setattr(stray.clone, propagation=Propagation.PRIVATE)
+            for name in stray.names:
+                mount_setattr(stray.clone, name, propagation=Propagation.PRIVATE, recursive=True)
+            os.fchdir(stray.clone.fileno())
+            while stray.names:
+                umount2(stray.names[-1], Umount.DETACH)
+                stray.names.pop()
+            os.chdir(b"/")
+        if not is_gone(clone, stray.match.namespace_id):
+            self._board.take_out_lowest(space, stray.parent, stray.place)
+        stray.is_placed = False
+
+    def _settle(self, stray: _Stray) -> None:
+        """Give the clone, which is seen now, the propagation of what it replaced, as far as no other has part in it."""
+        if stray.match.propagation & Propagation.UNBINDABLE:
+            mount_setattr(stray.clone, propagation=Propagation.UNBINDABLE)
+        elif stray.is_slave and not self._relations.is_slave_of_old(stray.match):
+            mount_setattr(stray.clone, propagation=Propagation.PRIVATE)
+
+    def _relate(self, stray: _Stray, new: New) -> None:
+        if not (stray.is_slave and self._relations.is_slave_of_old(stray.match)):
+            self._relations.join(stray.match, stray.clone, new)
+
+
+def _no_place(error: KernelError) -> Exception:
+    """Return what it means that a path cannot be opened in the new content."""
+    missing = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV)
+    return _NoPlaceError() if error.errno in missing else error
+
+
+def _why(stray: _Stray, error: KernelError) -> str:
+    """Return the reason for which the kernel would not have a receiver brought."""
+    if error.errno == errno.EINVAL and stray.match.owner not in (0, os.stat("/proc/thread-self/ns/user").st_ino):
+        return "locked"
+    return {errno.EBUSY: "busy", errno.ESTALE: "covered"}.get(error.errno, "unreachable")
+
+
+def _flags(stray: _Stray, new: MountAttr) -> tuple[MountAttr, MountAttr]:
+    """Return which flags to set and to clear on a clone of new: the receiver's own, changed as new's are from old's."""
+    mine, old = stray.match.attributes, stray.shown.attributes
+    if mine == old:
+        return MountAttr(0), MountAttr(0)
+    atime = MountAttr.ATIME_FIELD
+    wanted = mine
+    if old is not None:
+        changed = (old ^ new) & ~atime
+        mode = new if mine & atime == old & atime else mine
+        wanted = (mine & ~changed & ~atime) | (new & changed) | (mode & atime)
+    set_, clear = wanted & ~new & ~atime, new & ~wanted & ~atime
+    if (wanted ^ new) & atime:
+        set_, clear = set_ | (wanted & atime), clear | atime
+    return set_, clear
+
+
+def _told(mount: Mount) -> tuple[bytes, tuple[int, int], bytes]:
+    return mount.point, mount.device, mount.root
+
+
+def _submounts(stray: _Stray, seen: Fd) -> Iterator[tuple[bytes, Fd]]:
+    """Clone what is mounted on the receiver's mount, each with what is mounted on it."""
+    mount = stray.mount
+    below = [] if stray.is_covered else children(mount.id)
+    stray.ids = (mount.id, *(child.id for child in below))
+    if any(child.fstype == "autofs" for child in below):
+        raise _NoPlaceError  # a copy of a trigger would never expire
+    for name in dict.fromkeys(relative(child.point, mount.point) for child in below if child.parent_id == mount.id):
+        yield name, open_tree(seen, name, clone=True, recursive=True)
+
+
+def _refuse_without_place(clone: Fd, name: bytes, tree: Fd) -> None:
+    try:
+        with openat2(clone, name, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as spot:
+            has_place = is_folder(spot) == is_folder(tree)
+    except KernelError as error:
+        raise _no_place(error) from error
+    if not has_place:
+        raise _NoPlaceError

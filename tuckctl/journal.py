@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is under way on a target: written before each step that can be seen, for whoever finds it interrupted.
+
+One JSON object a line, each with a checksum, in the run directory: after a boot nothing of it is mounted.
+The first line tells what is to happen; the others, what is about to. It is never believed alone: recovery
+compares it with what is mounted.
+"""
+
+from __future__ import annotations
+
+import binascii
+import contextlib
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from tuckctl.durable import state_error
+from tuckctl.frozen import frozen
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.flags import MountAttr, Propagation
+from tuckctl.kernel.syscalls import Mount, show
+from tuckctl.target import Content
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from tuckctl.kernel.syscalls import Match
+
+_FILE = b"journal"
+_FORMAT = 1
+_MOST = 1 << 26
+STEPS = ("tuck", "aside", "arrived", "place", "reveal", "undo")
+"""The steps that a transaction tells of before it takes them, in their order."""
+
+
+def _sealed(line: dict[str, Any]) -> bytes:
+    text = json.dumps(line, sort_keys=True)
+    return f'{{"sum": "{binascii.crc32(text.encode()):08x}", "line": {text}}}\n'.encode()
+
+
+def _opened(line: bytes) -> dict[str, Any]:
+    """Return what a line says. Raises ValueError where it is not as it was written."""
+    found = json.loads(line)
+    if not isinstance(found, dict) or not isinstance(found.get("line"), dict):
+        msg = "it is no line of a journal"
+        raise ValueError(msg)  # noqa: TRY004 - what is wrong is the text
+    if _sealed(found["line"]) != line + b"\n":
+        msg = "its checksum does not match"
+        raise ValueError(msg)
+    inner: dict[str, Any] = found["line"]
+    return inner
+
+
+@frozen
+class Mounted:
+    """A mount as a journal tells of it."""
+
+    id: int
+    namespace_id: int
+    peer_group: int
+    master: int
+    unbindable: bool
+
+
+@frozen
+class Entry:
+    """A journal that was found: what was to happen, and how far it may have got.
+
+    `old` and `new` are unique mount ids, 0 for none. `changed` are the mounts whose propagation may have been
+    changed for the moment, and `aside` the receivers that may have been set aside, as they were before;
+    `brought` are mounts that were to come into receivers' places, with the groups of what they replace.
+    `damage` tells why the rest of the journal is not believed.
+    """
+
+    target: bytes
+    transaction: str
+    command: str
+    boot_id: str
+    namespace: int
+    generation: int
+    previous: int | None
+    old: Mounted
+    content: Content | None
+    attributes: int
+    new: int
+    steps: tuple[str, ...]
+    changed: tuple[Mounted, ...]
+    aside: tuple[Mounted, ...]
+    brought: tuple[Mounted, ...]
+    damage: str | None
+
+    def as_mount(self) -> Mount:
+        """Return old as far as it is known: its content, flags and relations, wherever it is now."""
+        device, root, source = (
+            (self.content.device, self.content.root, self.content.source) if self.content else ((0, 0), b"/", b"")
+        )
+        shared = Propagation.SHARED if self.old.peer_group else Propagation(0)
+        kind = Propagation.UNBINDABLE if self.old.unbindable else Propagation(0)
+        return Mount(
+            id=self.old.id,
+            parent_id=0,
+            old_id=0,
+            namespace_id=self.old.namespace_id,
+            device=device,
+            attributes=MountAttr(self.attributes),
+            propagation=shared | kind,
+            peer_group=self.old.peer_group,
+            master=self.old.master,
+            fstype="",
+            source=source,
+            root=root,
+            point=b"",
+        )
+
+    def reached(self, step: str) -> bool:
+        """Whether a step may have been taken."""
+        return step in self.steps
+
+
+def mounted(mount: Mount | Match, identity: int, namespace_id: int) -> dict[str, Any]:
+    """Return what a journal tells of a mount."""
+    return {
+        "id": identity,
+        "namespace_id": namespace_id,
+        "peer_group": mount.peer_group,
+        "master": mount.master,
+        "unbindable": bool(mount.propagation & Propagation.UNBINDABLE),
+    }
+
+
+NOTHING = {"id": 0, "namespace_id": 0, "peer_group": 0, "master": 0, "unbindable": False, "attributes": 0}
+"""What a journal tells of a mount that there is not."""
+
+
+def whole(mount: Mount | None) -> dict[str, Any]:
+    """Return what a journal tells of the mount that is to be replaced."""
+    if mount is None:
+        return NOTHING
+    return mounted(mount, mount.id, mount.namespace_id) | {
+        "attributes": int(mount.attributes),
+        "device": list(mount.device),
+        "root": os.fsdecode(mount.root),
+        "source": os.fsdecode(mount.source),
+    }
+
+
+class Journal:
+    """One target's journal, while its transaction goes on; the target's lock is held.
+
+    It is written through one descriptor: what is noted in another mount namespace, where the path leads elsewhere
+    or nowhere, goes to the same file.
+    """
+
+    def __init__(self, directory: bytes) -> None:
+        """Name the target's folder in the run directory; nothing is written yet."""
+        self._path = os.path.join(directory, _FILE)
+        self._file: Fd | None = None
+
+    def __enter__(self) -> Self:
+        """Own its descriptor for the length of a block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Close it; what is written stays, unless it was ended."""
+        if self._file is not None:
+            self._file.close()
+
+    def begin(self, **facts: Any) -> None:
+        """Write what is to happen. Raises TuckError where it cannot be written: nothing is touched then."""
+        draft = self._path + b".new"
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._file = Fd(os.open(draft, flags, 0o600))
+            self._append({"format": _FORMAT} | facts)
+            os.rename(draft, self._path)
+        except OSError as error:
+            raise state_error(self._path, error) from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.unlink(draft)
+
+    def resume(self) -> None:
+        """Go on with what an interrupted transaction wrote; where it wrote nothing, nothing is noted."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with contextlib.suppress(OSError):
+            self._file = Fd(os.open(self._path, flags))
+
+    def step(self, name: str, aside: Sequence[Match] = ()) -> None:
+        """Write that a step is about to be taken, and whom it sets aside. Raises TuckError."""
+        line: dict[str, Any] = {"step": name}
+        if aside:
+            line["aside"] = [mounted(match, match.mount_id, match.namespace_id) for match in aside]
+        self._append(line)
+
+    def changing(self, mount: Mount) -> None:
+        """Write that a mount's propagation is about to be changed for the moment. Raises TuckError."""
+        self._append({"changing": mounted(mount, mount.id, mount.namespace_id)})
+
+    def bringing(self, mounts: Sequence[dict[str, Any]]) -> None:
+        """Write which mounts are about to be put in receivers' places, and what relations each is to have."""
+        if mounts:
+            self._append({"bringing": list(mounts)})
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        text = _sealed(line)
+        try:
+            while text:
+                text = text[os.write(self._file.fileno(), text) :]
+        except OSError as error:
+            raise state_error(self._path, error) from error
+
+    def end(self) -> None:
+        """Remove it: everything is done, or as it was. Call it at home."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    def tidy(self) -> None:
+        """Drop what was not written to its end."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path + b".new")
+
+    def read(self) -> Entry | None:
+        """Return what an interrupted transaction left; None where there is nothing, or nothing that tells what it was.
+
+        A line that is damaged, or half written, is not believed, nor any after it.
+        """
+        try:
+            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with open(fd, "rb") as file:
+                lines = file.read(_MOST).split(b"\n")
+        except OSError:
+            return None
+        found: list[dict[str, Any]] = []
+        damage = None
+        for number, line in enumerate(lines, 1):
+            if not line and number == len(lines):
+                break
+            try:
+                found.append(_opened(line))
+            except (ValueError, RecursionError, KeyError) as error:
+                damage = f"{show(self._path)}, line {number}: {error}"
+                break
+        try:
+            return _entry(found, damage) if found else None
+        except (KeyError, TypeError, ValueError):
+            return None
+
+
+def interrupted(run: bytes) -> list[bytes]:
+    """Return the targets that have a journal, by their paths."""
+    folder = os.path.join(run, b"targets")
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for key in sorted(os.listdir(folder)):
+            entry = Journal(os.path.join(folder, key)).read()
+            if entry is not None:
+                found.append(entry.target)
+    return found
+
+
+def _mounted(found: Any) -> Mounted:
+    return Mounted(
+        int(found["id"]),
+        int(found["namespace_id"]),
+        int(found["peer_group"]),
+        int(found["master"]),
+        unbindable=bool(found["unbindable"]),
+    )
+
+
+def _content(found: Any) -> Content | None:
+    if not found["id"]:
+        return None
+    major, minor = found["device"]
+    return Content((int(major), int(minor)), os.fsencode(found["root"]), os.fsencode(found["source"]))
+
+
+def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
+    first, rest = lines[0], lines[1:]
+    if first["format"] != _FORMAT:
+        msg = "another format"
+        raise ValueError(msg)
+    changed: dict[int, Mounted] = {}
+    aside: dict[int, Mounted] = {}
+    brought: dict[int, Mounted] = {}
+    for line in rest:
+        # What was noted first is how it was before.
+        if "changing" in line:
+            mount = _mounted(line["changing"])
+            changed.setdefault(mount.id, mount)
+        for each in line.get("bringing", ()):
+            mount = _mounted(each)
+            brought[mount.id] = mount
+        for each in line.get("aside", ()):
+            mount = _mounted(each)
+            aside.setdefault(mount.id, mount)
+    return Entry(
+        os.fsencode(first["target"]),
+        str(first["transaction"]),
+        str(first["command"]),
+        str(first["boot_id"]),
+        int(first["namespace"]),
+        int(first["generation"]),
+        None if first["previous"] is None else int(first["previous"]),
+        _mounted(first["old"]),
+        _content(first["old"]),
+        int(first["old"]["attributes"]),
+        int(first["new"]),
+        tuple(str(line["step"]) for line in rest if "step" in line),
+        tuple(changed.values()),
+        tuple(aside.values()),
+        tuple(brought.values()),
+        damage,
+    )

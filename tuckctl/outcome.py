@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a transaction came to: its receivers, who still uses what was replaced, and the document that tells of it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from tuckctl import holding
+from tuckctl.errors import PartialError, TuckError
+from tuckctl.kernel.syscalls import show
+from tuckctl.receivers import UNLOCKED, describe, observe, remedies, unlocked
+from tuckctl.results import Holder, Receiver, TargetResult, TransactionResult, infos
+from tuckctl.target import Content
+
+if TYPE_CHECKING:
+    from tuckctl.converge import Convergence
+    from tuckctl.course import Course
+    from tuckctl.exchange import Revealed
+    from tuckctl.kernel.syscalls import Mount
+    from tuckctl.places import Places
+    from tuckctl.scene import Scene
+
+
+def as_it_is(scene: Scene) -> TargetResult:
+    """Describe the target before anything is done: what a failure leaves."""
+    live = scene.live
+    recorded = scene.records.get(live.generation) if live.generation is not None else None
+    images = infos(recorded.images if recorded else ())
+    previous = scene.current.previous if scene.current else None
+    return TargetResult(scene.target.path, live.generation, previous, live.old.id if live.old else None, images)
+
+
+def present(revealed: Revealed, generation: int, target: bytes) -> tuple[Receiver, ...]:
+    """Tell who sees the new content, and who of them had to be brought to it."""
+    return describe(
+        revealed.receivers,
+        state="updated",
+        generation=generation,
+        brought=revealed.converged,
+        unlocked=unlocked(revealed.receivers, target, but=revealed.locked),
+    )
+
+
+def stale(revealed: Revealed, scene: Scene) -> tuple[Receiver, ...]:
+    """Tell who is left on the content before, and why; or was to be left on it."""
+    live = scene.live
+    left, excluded = revealed.left, [match for match in revealed.stale if match.mount_id in revealed.excluded]
+    return describe(
+        left,
+        state="stale",
+        generation=live.generation,
+        target=scene.target.path,
+        content=live.old,
+        reasons=revealed.reasons,
+        unlocked=unlocked(left, scene.target.path, but=revealed.locked),
+    ) + describe(excluded, state="excluded", generation=live.generation, target=scene.target.path, content=live.old)
+
+
+def tell_of_failed(course: Course, convergence: Convergence, scene: Scene) -> None:
+    """Have the document of an undone transaction name who could not be brought."""
+    if course.so_far is None or not convergence.failed or scene.live.old is None:
+        return
+    sight = observe(convergence.devices)
+    failed = [match for match in sight.matches if match.mount_id in convergence.failed]
+    told = describe(
+        failed,
+        state="stale",
+        generation=scene.live.generation,
+        target=scene.target.path,
+        content=scene.live.old,
+        reasons=convergence.reasons(failed),
+    )
+    course.so_far = replace(course.so_far, receivers=told, unseen=sight.unseen)
+
+
+def conclude(course: Course, result: TargetResult, outcome: str = "swapped") -> TransactionResult:
+    """Make the document; raise PartialError with it where someone was left behind."""
+    open_there = [receiver.namespace for receiver in result.receivers if UNLOCKED in receiver.hazards]
+    if open_there:
+        course.warn(
+            UNLOCKED,
+            f"{show(result.target)}: root in a user namespace could unmount the content there and see base"
+            f" (mount namespaces {', '.join(map(str, open_there))})",
+            "restart what lives there: a new namespace gets its mounts locked",
+        )
+    left = [receiver for receiver in result.receivers if receiver.state == "stale"]
+    unseen = result.unseen
+    if not left and not unseen:
+        return course.result(outcome, result)
+    where = show(result.target)
+    if left:
+        see = "1 receiver still sees" if len(left) == 1 else f"{len(left)} receivers still see"
+        message = f"{where}: done, but {see} the content before"
+        error = PartialError("receivers-left-behind", message, remedies(left))
+    else:
+        spaces = "1 namespace" if unseen == 1 else f"{unseen} namespaces"
+        message = f"{where}: done, but {spaces} could not be looked into"
+        error = PartialError("namespaces-unseen", message, "run it with the rights to see them")
+    error.result = course.result(error.outcome, result, error)
+    raise error
+
+
+def remember(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder, ...]:
+    """Find who still uses what was taken off; remember that, and what someone was left on, for later questions."""
+    old, target = scene.live.old, scene.target.path
+    known = holding.read_replaced(places.of(target))
+    shown = (*known.left, *([Content(old.device, old.root, old.source)] if old is not None else []))
+    devices_left = {match.device for match in revealed.stale}
+    left = tuple(content for content in dict.fromkeys(shown) if content.device in devices_left)
+    excluded = {match.namespace_id for match in revealed.stale if match.mount_id in revealed.excluded}
+    still = {match.mount_id for match in revealed.stale}
+    slaves = tuple(identity for identity in revealed.slaves if identity in still)
+    kept = replace(known, left=left, excluded=tuple(sorted(excluded)), slaves=slaves)
+    found: tuple[Holder, ...] = ()
+    # Who was left is mounted there still; it may be unmounted at any time, and be held on to all the same.
+    seen = {**dict(known.places), **revealed.places, **holding.places_of(revealed.left, shown)}
+    if revealed.replaced or revealed.left:
+        ids = tuple(dict.fromkeys((*known.mount_ids, *revealed.replaced, *seen)))
+        devices = tuple(dict.fromkeys((*known.devices, *(each.device for each in shown if each.root == b"/"))))
+        found = holding.search(target, ids, devices, places=seen, alive=devices_left).holders
+        if not found and not left:
+            ids, devices, seen = (), (), {}
+        kept = replace(kept, mount_ids=ids, devices=devices, places=tuple(seen.items()))
+    if kept != known:
+        holding.write_replaced(places.of(target), kept)
+    return found
+
+
+def remember_left(old: Mount, target: bytes, places: Places, slaves: tuple[int, ...]) -> None:
+    """Remember that someone may be left on old, where it is too late to see who: the next swap looks for it."""
+    with contextlib.suppress(TuckError, OSError):
+        known = holding.read_replaced(places.of(target))
+        content = Content(old.device, old.root, old.source)
+        holding.write_replaced(
+            places.of(target), replace(known, left=tuple(dict.fromkeys((*known.left, content))), slaves=slaves)
+        )

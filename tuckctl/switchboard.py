@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A helper namespace, and a line from it to one mount of one other namespace.
+
+What is done at the end of the line happens at the mount's place, beneath whatever lies there, and
+nowhere else. The line is a clone of that mount, whose slave the mount is for the moment
+(mount_namespaces(7); umount propagation re-seats what lies on what it takes, fs/pnode.c).
+
+Everything here changes the calling thread's namespace: run it on one that ends (tuckctl.kernel.threads).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from functools import partial
+from typing import TYPE_CHECKING
+
+from tuckctl.errors import KernelError
+from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Resolve, Umount
+from tuckctl.kernel.fscontext import new_mount
+from tuckctl.kernel.syscalls import (
+    find_mounts,
+    list_namespaces,
+    listmount,
+    mount_setattr,
+    move_mount,
+    move_mount_set_group,
+    open_tree,
+    openat2,
+    pivot_root,
+    setns,
+    show,
+    umount2,
+    unshare,
+)
+from tuckctl.kernel.threads import on_thread, own_namespace
+from tuckctl.spaces import insist, is_folder, reach, relative, walk
+from tuckctl.target import children, look
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import TracebackType
+    from typing import Self
+
+    from tuckctl.kernel.fd import Fd
+    from tuckctl.kernel.syscalls import Mount
+
+
+@contextlib.contextmanager
+def alone(root: Fd, mount: Mount) -> Iterator[None]:
+    """Keep what is done on a mount from going to its peers, for a block; what they do still comes.
+
+    `root` is the mount's root, in the calling thread's namespace. In between it is a slave of its group,
+    in which a clone keeps its place.
+    """
+    if not mount.peer_group:
+        yield
+        return
+    with open_tree(root, clone=True) as member:
+        mount_setattr(root, propagation=Propagation.SLAVE)
+        try:
+            yield
+        finally:
+            insist(partial(mount_setattr, root, propagation=Propagation.PRIVATE))
+            insist(partial(move_mount_set_group, member, root))
+
+
+def unmount_here(root: Fd, path: bytes) -> None:
+    """Detach a mount by a descriptor of its root, without a walk; a file's by its path, which umount2(2) demands."""
+    if not stat.S_ISDIR(os.fstat(root.fileno()).st_mode):
+        umount2(path, Umount.DETACH)
+        return
+    os.fchdir(root.fileno())
+    try:
+        umount2(b".", Umount.DETACH)
+    finally:
+        os.chdir(b"/")
+
+
+BLANK = b"tuckctl:blank"
+"""The source of the mounts of nothing that are put somewhere for the moment."""
+
+
+class Switchboard:
+    """A mount namespace with nothing in it but a scratch filesystem, and nobody but who holds it open."""
+
+    def __init__(self) -> None:
+        """Note where home is; the helper namespace is made when it is first needed."""
+        self.home = own_namespace()
+        self._space: Fd | None = None
+        self._slots = 0
+        self._lent: Mount | None = None
+        self._taps: dict[int, Fd] = {}
+        self.note: Callable[[Mount], None] = lambda _: None
+        """Is told of each mount whose propagation is about to be changed for the moment."""
+
+    @staticmethod
+    def _make(home: Fd) -> Fd:
+        setns(home, Clone.NEWNS)
+        unshare(Clone.NEWNS)
+        with own_namespace() as space:
+            setns(space, Clone.NEWNS)  # out of a chroot
+        mount_setattr(AT_FDCWD, b"/", propagation=Propagation.PRIVATE, recursive=True)
+        with new_mount("tmpfs", [("source", BLANK), ("mode", b"0700")]) as scratch:
+            space = own_namespace()  # /proc goes with all the rest
+            try:
+                move_mount(scratch, AT_FDCWD, b"/")
+                os.fchdir(scratch.fileno())
+                pivot_root(b".", b".")
+                umount2(b".", Umount.DETACH)
+                os.mkdir("directory")
+                os.close(os.open("file", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+            except BaseException:
+                space.close()
+                raise
+            return space
+
+    def __enter__(self) -> Self:
+        """Hold it for the length of a block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Let it go, and with it whatever is mounted in it."""
+        self.home.close()
+        for tap in set(self._taps.values()):
+            tap.close()
+        if self._space is not None:
+            self._space.close()
+
+    def _enter(self) -> None:
+        if self._space is None:
+            self._space = on_thread(partial(self._make, self.home))
+        setns(self._space, Clone.NEWNS)
+
+    def lend(self, mount: Mount) -> None:
+        """Offer a mount at home, copies of which may be around receivers in other user namespaces."""
+        self._lent = mount
+
+    def lends_to(self, parent: Mount) -> bool:
+        """Whether a line can lead to a mount of another user namespace at any time, as it is a copy of the lent one."""
+        lent = self._lent
+        return (
+            lent is not None
+            and parent.master in (0, lent.peer_group)
+            and self._is_part_of_lent(parent)
+            and self._is_alone(parent)
+        )
+
+    def _is_alone(self, mount: Mount) -> bool:
+        """Whether a mount gives what is mounted on it to no other."""
+        if not mount.peer_group:
+            return True
+        try:
+            matches, unseen = find_mounts(list_namespaces(self.home), (mount.device,), 0)
+        except KernelError:
+            return False
+        return not unseen and sum(mount.peer_group in (match.peer_group, match.master) for match in matches) == 1
+
+    def is_lent_place(self, parent: Mount, place: bytes, path: bytes) -> bool:
+        """Whether a place of some mount is the one that `path` names at home, on the lent mount."""
+        lent = self._lent
+        if lent is None or lent.device != parent.device:
+            return False
+        home = os.path.join(lent.root, relative(path, lent.point))
+        return os.path.normpath(os.path.join(parent.root, place)) == os.path.normpath(home)
+
+    def _is_part_of_lent(self, parent: Mount) -> bool:
+        lent = self._lent
+        return (
+            lent is not None
+            and parent.device == lent.device
+            and (parent.root + b"/").startswith(lent.root.rstrip(b"/") + b"/")
+        )
+
+    def tap(self, space: Fd, lowest: int, like: Iterable[int]) -> None:
+        """Make lines possible, from now on, to the mount of another user namespace on which the `lowest` one lies.
+
+        What goes through them comes also to those that it shares with; `like` are the ids of their mounts. It works
+        as long as what lies lowest is not locked, and nothing that is lies below it: there the mount gets a peer, or
+        a master, that shows only the place (do_set_group in fs/namespace.c). Raises KernelError.
+        """
+        setns(space, Clone.NEWNS)
+        mount = look(lowest)
+        parent = look(mount.parent_id)
+        lent = self._lent
+        if lent is None or not self._is_part_of_lent(parent):
+            raise KernelError("open_tree", show(mount.point), errno.EINVAL)
+        setns(self.home, Clone.NEWNS)
+        part = (relative(parent.root, lent.root), relative(mount.point, parent.point))
+        with (
+            reach(lent.point, lent.id) as root,
+            open_tree(root, clone=True) as bare,
+            openat2(bare, b"/".join(filter(None, part)), os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as there,
+        ):
+            end = open_tree(there, clone=True)
+        try:
+            mount_setattr(end, propagation=Propagation.PRIVATE)
+            setns(space, Clone.NEWNS)
+            with reach(parent.point, parent.id) as root:
+                self.note(parent)
+                if parent.peer_group:
+                    move_mount_set_group(root, end)
+                else:
+                    _connect(root, end, borrowed=False)
+        except BaseException:
+            end.close()
+            raise
+        self._taps.update(dict.fromkeys((parent.id, *like), end))
+
+    @contextlib.contextmanager
+    def _tapped(self, tap: Fd, space: Fd, *, occupied: bool) -> Iterator[Line]:
+        setns(self.home, Clone.NEWNS)  # where it was cloned
+        try:
+            with contextlib.ExitStack() as stack:
+                end = stack.enter_context(open_tree(tap, clone=True))
+                mount_setattr(end, propagation=Propagation.PRIVATE)
+                self._enter()
+                slot = self._slot(end)
+                try:
+                    line = Line(slot, end, is_folder=is_folder(end))
+                    if occupied:
+                        line.decoy = stack.enter_context(line.blank())
+                        move_mount(line.decoy, end)
+                    move_mount_set_group(tap, end)
+                    yield line
+                finally:
+                    insist(self._enter)
+                    hang_up(end, slot)
+        finally:
+            insist(partial(setns, space, Clone.NEWNS))
+
+    def assembled(self, tree: Fd, submounts: Sequence[tuple[bytes, Fd]]) -> Fd:
+        """Return a detached copy of a detached mount, with submounts on it: clones made in whatever namespaces.
+
+        A detached tree takes mounts only in the namespace that it was cloned in; here it is attached for the moment.
+        The tree itself stays as it is.
+        """
+        setns(self.home, Clone.NEWNS)
+        with open_tree(tree, clone=True) as copy:
+            self._enter()
+            slot = self._slot(copy)
+            try:
+                for name, submount in submounts:
+                    move_mount(submount, copy, name)
+                return open_tree(copy, clone=True, recursive=True)
+            finally:
+                hang_up(copy, slot)
+
+    def take_out(self, lowest: int, space: Fd) -> Mount:
+        """Take a mount of a namespace out from beneath what lies on it; return the mount on which that lies now."""
+        setns(space, Clone.NEWNS)
+        mount = look(lowest)
+        parent = look(mount.parent_id)
+        if any(child.parent_id == lowest and child.point != mount.point for child in children(lowest)):
+            # It would stay, but be locked no more (propagate_mount_unlock in fs/pnode.c).
+            raise KernelError("umount2", show(mount.point), errno.EBUSY)
+        self.take_out_lowest(space, parent, relative(mount.point, parent.point))
+        if lowest in listmount(parent.id):
+            raise KernelError("umount2", show(mount.point), errno.EBUSY)  # something else lies on it
+        return parent
+
+    def take_out_lowest(self, space: Fd, parent: Mount, place: bytes) -> None:
+        """Take out the lowest of the mounts at a place of `parent` in one namespace: what lies on it, stays.
+
+        `parent` is told as seen from inside of that namespace; `place` is a path in it. Raises KernelError
+        where it cannot be done; then nothing has changed.
+        """
+        with self.line(space, parent, place, occupied=True) as line:
+            line.drop()
+
+    @contextlib.contextmanager
+    def line(self, space: Fd, parent: Mount, place: bytes, *, occupied: bool) -> Iterator[Line]:
+        """Open a line to a place of `parent` in one namespace; the thread is in the helper namespace for the block.
+
+        `occupied` tells whether the lowest mount there may be dropped. Raises KernelError where there can
+        be no line; then nothing has changed.
+        """
+        if parent.id in self._taps:
+            with self._tapped(self._taps[parent.id], space, occupied=occupied) as line:
+                yield line
+            return
+        setns(space, Clone.NEWNS)
+        with contextlib.ExitStack() as stack:
+            root = stack.enter_context(reach(parent.point, parent.id))
+            self.note(parent)
+            stack.enter_context(walk(root, place, parent.id)).close()
+            end, borrowed = self._end(stack, space, root, parent)
+            # What is put in order after this can be only there.
+            stack.callback(insist, partial(setns, space, Clone.NEWNS))
+            spot = stack.enter_context(openat2(end, place, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH))
+            self._enter()
+            slot = self._slot(end)
+            try:
+                line = Line(slot + b"/" + place, spot, is_folder=is_folder(spot))
+                if occupied:
+                    line.decoy = stack.enter_context(line.blank())
+                    move_mount(line.decoy, spot)
+                setns(space, Clone.NEWNS)
+                _connect(root, end, borrowed=borrowed, shared=bool(parent.peer_group))
+                self._enter()
+                yield line
+            finally:
+                insist(self._enter)
+                hang_up(end, slot)
+
+    def _end(self, stack: contextlib.ExitStack, space: Fd, root: Fd, parent: Mount) -> tuple[Fd, bool]:
+        """Clone the mount that the line leads to; where its user namespace keeps that from being done, borrow one."""
+        try:
+            with contextlib.ExitStack() as attempt:
+                attempt.enter_context(alone(root, parent))
+                end = attempt.enter_context(open_tree(root, clone=True))
+                mount_setattr(end, propagation=Propagation.PRIVATE)
+                stack.enter_context(attempt.pop_all())
+                return end, False
+        except KernelError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            end = stack.enter_context(self._borrow(parent, error))
+            setns(space, Clone.NEWNS)
+            return end, True
+
+    def _borrow(self, parent: Mount, error: KernelError) -> Fd:
+        """Clone the lent mount so that it can stand for the master of `parent`, which is a copy of it.
+
+        A mount with locked ones on it cannot be cloned alone (clone_private_mount, do_loopback in fs/namespace.c).
+        """
+        lent = self._lent
+        if lent is None or not self.lends_to(parent):
+            raise error
+        setns(self.home, Clone.NEWNS)
+        with reach(lent.point, lent.id) as root:
+            part = relative(parent.root, lent.root)
+            with openat2(
+                root, part or b".", os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH | Resolve.NO_XDEV
+            ) as there:
+                end = open_tree(there, clone=True)
+        try:
+            mount_setattr(end, propagation=Propagation.SLAVE if parent.master else Propagation.PRIVATE)
+            mount_setattr(end, propagation=Propagation.SHARED)
+        except BaseException:
+            end.close()
+            raise
+        return end
+
+    def _slot(self, tree: Fd) -> bytes:
+        """Mount a tree at a place of its own in the helper namespace, in which the thread is."""
+        self._slots += 1
+        slot = b"/%d" % self._slots
+        os.mkdir(slot)
+        move_mount(tree, AT_FDCWD, slot)
+        return slot
+
+    def reveal(self, member: Fd, *, lazy: bool) -> None:
+        """Take off what lies on each copy of a mount, but for `member`, one of its peer group; locked ones too."""
+        self._enter()
+        with open_tree(member, clone=True) as bearer, open_tree(AT_FDCWD, b"/directory", clone=True) as decoy:
+            mount_setattr(bearer, propagation=Propagation.PRIVATE)
+            slot = self._slot(bearer)
+            try:
+                move_mount(decoy, bearer)
+                move_mount_set_group(member, bearer)
+                decoy.close()
+                umount2(slot, Umount.DETACH if lazy else Umount(0))
+            finally:
+                hang_up(bearer, slot)
+
+
+def _connect(root: Fd, end: Fd, *, borrowed: bool, shared: bool = False) -> None:
+    """Make a mount the slave of the line's end. In between it gives on, or does not get, what is mounted.
+
+    One that is `shared`, though with no other, becomes a peer of a borrowed end, and is alone again without it.
+    """
+    if borrowed:
+        mount_setattr(root, propagation=Propagation.PRIVATE)
+        move_mount_set_group(end, root)
+        if not shared:
+            insist(partial(mount_setattr, root, propagation=Propagation.SLAVE))
+        return
+    mount_setattr(root, propagation=Propagation.SHARED)
+    try:
+        move_mount_set_group(root, end)
+    finally:
+        insist(partial(mount_setattr, root, propagation=Propagation.SLAVE))
+
+
+def hang_up(end: Fd, slot: bytes) -> None:
+    """Take away a tree of the helper namespace, and nothing else: in this order, or the unmount would propagate."""
+    insist(partial(mount_setattr, end, propagation=Propagation.PRIVATE, recursive=True))
+    with contextlib.suppress(KernelError):  # it goes with the helper namespace
+        insist(partial(umount2, slot, Umount.DETACH))
+
+
+class Line:
+    """What is done at this end happens at the other, beneath what lies there. For a thread in the helper namespace."""
+
+    def __init__(self, path: bytes, spot: Fd, *, is_folder: bool) -> None:
+        """Take the place of the line's end, by its path and its descriptor."""
+        self._path, self._spot, self._is_folder = path, spot, is_folder
+        self.decoy: Fd | None = None
+
+    def blank(self) -> Fd:
+        """Return a mount of nothing, which can lie at the place."""
+        return open_tree(AT_FDCWD, b"/directory" if self._is_folder else b"/file", clone=True)
+
+    def drop(self) -> None:
+        """Take out the lowest mount at the other end; what lies on it stays."""
+        if self.decoy is not None:
+            unmount_here(self.decoy, self._path)
+            self.decoy.close()
+            self.decoy = None
+
+    def put_locked(self, tree: Fd, submounts: Sequence[tuple[bytes, Fd]] = ()) -> Fd:
+        """Put a detached mount there so that the owner of that namespace cannot take it off; return one of its group.
+
+        The kernel locks what propagates into another user namespace, but for the root of the tree. So the
+        mount goes as the child of another one, which is taken out again (attach_recursive_mnt, fs/namespace.c).
+        """
+        with self.blank() as bearer:
+            mount_setattr(bearer, propagation=Propagation.PRIVATE)
+            move_mount(tree, bearer)
+            move_mount(bearer, self._spot)
+            take_away = partial(unmount_here, bearer, self._path)
+            try:
+                for name, submount in submounts:
+                    move_mount(submount, tree, name)
+                member = open_tree(tree, clone=True)
+                mount_setattr(bearer, propagation=Propagation.PRIVATE, recursive=True)
+            except BaseException:
+                unmount_here(tree, self._path)  # at the other end, too
+                take_away()
+                raise
+            try:
+                insist(partial(unmount_here, tree, self._path))
+                insist(take_away)
+            except BaseException:
+                member.close()
+                raise
+        return member
