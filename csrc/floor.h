@@ -160,6 +160,8 @@ int tuck_namespace_seek(int namespace_fd, int forwards, const uint64_t *ids, siz
  * fails, `error` says -errno.
  * `placed` says whether the clone lies there. It leaves the calling thread in one of the namespaces. */
 void tuck_replace(struct tuck_replacement *replacements, size_t count);
+/* Unmounts each of these, one right after the other, up to the first that fails: 0 or its -errno. */
+int tuck_umount_each(const char *const *paths, const int *flags, size_t count, size_t *ret_done);
 
 /* Loop devices and file clones. */
 int tuck_loop_get_free(int control);

@@ -86,3 +86,12 @@ void tuck_replace(struct tuck_replacement *replacements, size_t count) {
             one->error = take_off(one);
     }
 }
+
+int tuck_umount_each(const char *const *paths, const int *flags, size_t count, size_t *ret_done) {
+    for (*ret_done = 0; *ret_done < count; (*ret_done)++) {
+        int error = tuck_umount2(paths[*ret_done], flags[*ret_done]);
+        if (error < 0)
+            return error;
+    }
+    return 0;
+}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from tuckctl.errors import UsageError
 
@@ -20,12 +21,51 @@ if TYPE_CHECKING:
     from tuckctl.results import Boot, Collected, Doctor, History, Holders, Status, TransactionResult
 
 StrPath = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+_Path = TypeVar("_Path", str, bytes, "os.PathLike[str]", "os.PathLike[bytes]", StrPath)
+"""A mapping does not take other keys than those that it is declared with."""
 Busy = Literal["lazy", "wait", "fail"]
 Receivers = Literal["converge", "require", "report"]
 
 
+@overload
 def swap(
-    target: StrPath | Mapping[StrPath, Sequence[StrPath]],
+    target: StrPath,
+    images: Sequence[StrPath],
+    *,
+    busy: Busy = ...,
+    timeout: float = ...,
+    base: StrPath | None = ...,
+    options: str | None = ...,
+    in_place: bool = ...,
+    adopt: bool = ...,
+    sha256: Sequence[str] = ...,
+    keep: int = ...,
+    receivers: Receivers = ...,
+    except_: Sequence[str] = ...,
+    namespace: StrPath | int | None = ...,
+    recover: bool = ...,
+    progress: Progress | None = ...,
+) -> TransactionResult: ...
+@overload
+def swap(
+    target: Mapping[_Path, Sequence[StrPath]],
+    *,
+    busy: Busy = ...,
+    timeout: float = ...,
+    base: StrPath | None = ...,
+    options: str | None = ...,
+    in_place: bool = ...,
+    adopt: bool = ...,
+    sha256: Sequence[str] = ...,
+    keep: int = ...,
+    receivers: Receivers = ...,
+    except_: Sequence[str] = ...,
+    namespace: StrPath | int | None = ...,
+    recover: bool = ...,
+    progress: Progress | None = ...,
+) -> TransactionResult: ...
+def swap(
+    target: StrPath | Mapping[_Path, Sequence[StrPath]],
     images: Sequence[StrPath] | None = None,
     *,
     busy: Busy = "lazy",
@@ -44,8 +84,10 @@ def swap(
 ) -> TransactionResult:
     """Replace a target's content by images over base, with no moment in which anything else is seen.
 
+    Of several targets all are revealed, at one instant where that can be, or none.
+
     Args:
-        target: a directory; or a mapping of one directory to its images.
+        target: a directory; or a mapping of directories, each to its images.
         images: files, block devices or directories, the topmost first.
         busy: what to do while old is in use: detach it and report its holders; wait until the
             deadline for a plain unmount, then undo; undo at once.
@@ -55,7 +97,7 @@ def swap(
         options: mount flags as in fstab(5), on top of those before.
         in_place: use image files where they lie instead of keeping copies of them by content.
         adopt: take over an overlay that tuckctl did not make.
-        sha256: the digests that the images must have, in their order.
+        sha256: the digests that the images must have, in their order; of several targets, one after the other.
         keep: how many generations are kept afterwards, besides those in use.
         receivers: what to do about one that propagation does not bring along: enter its namespace
             and bring it; undo everything, before the reveal; leave it and say so.
@@ -73,33 +115,45 @@ def swap(
     """
     from tuckctl import transaction  # noqa: PLC0415 - as above
     from tuckctl.course import begin  # noqa: PLC0415
-    from tuckctl.request import Request  # noqa: PLC0415
+    from tuckctl.request import Request, shared_out  # noqa: PLC0415
 
-    with begin("swap", b""):
+    with begin("swap"):
         if isinstance(target, Mapping):
-            if images is not None or len(target) != 1:
-                raise UsageError("several-targets", "several targets at once are not supported yet", "name one target")
-            ((target, images),) = target.items()
-        if images is None:
-            raise UsageError("no-image", "no image is named", "name at least one image")
-        if isinstance(images, str | bytes):
-            raise UsageError("no-image", "images is a sequence of paths, not one path", "write [path]")
+            if images is not None or not target:
+                raise UsageError(
+                    "no-target",
+                    "a mapping names at least one target, each with its images",
+                    'write {"/etc": ["etc.img"], "/usr": ["usr.img"]}',
+                )
+            wanted: dict[StrPath, Sequence[StrPath]] = dict(target.items())
+        else:
+            wanted = {target: images if images is not None else ()}
+        for each in wanted.values():
+            if isinstance(each, str | bytes):
+                raise UsageError("no-image", "images is a sequence of paths, not one path", "write [path]")
+            if not each:
+                raise UsageError("no-image", "no image is named", "name at least one image")
+        if len(wanted) > 1:
+            raise UsageError("several-targets", "several targets at once are not supported yet", "name one target")
+        digests = shared_out(sha256, [len(each) for each in wanted.values()])
     request = Request(
-        images=tuple(os.fsencode(image) for image in images),
         busy=busy,
         timeout=timeout,
         base=None if base is None else os.fsencode(base),
         options=options,
         in_place=in_place,
         adopt=adopt,
-        sha256=tuple(sha256),
         keep=keep,
         receivers=receivers,
         excepted=tuple(except_),
         recover=recover,
         progress=progress,
     )
-    return transaction.swap(os.fsencode(target), request, namespace=_space(namespace))
+    asked = [
+        (os.fsencode(path), replace(request, images=tuple(map(os.fsencode, each)), sha256=given))
+        for (path, each), given in zip(wanted.items(), digests, strict=True)
+    ]
+    return transaction.swap(asked, namespace=_space(namespace))
 
 
 def rollback(

@@ -190,6 +190,11 @@ class Convergence:
         return {identity: reason for identity, reason in found.items() if reason is not None}
 
     @property
+    def board(self) -> Switchboard:
+        """The helper namespace, and the lines that lead from it."""
+        return self._board
+
+    @property
     def devices(self) -> tuple[tuple[int, int], ...]:
         """The superblocks of what is replaced."""
         return tuple(shown.device for shown in self._shown)

@@ -18,7 +18,7 @@ from tuckctl.log import log
 from tuckctl.results import Problem, TargetResult, TransactionResult
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 _LATE = ("check", "converge", "record")
@@ -38,17 +38,27 @@ class Course:
     """A transaction under way: its id, its log, the time of each phase, and the warnings so far."""
 
     command: str
-    target: bytes
+    targets: tuple[bytes, ...]
     transaction: str = field(default_factory=_new_id)
     timings: dict[str, int] = field(default_factory=dict)
     warnings: list[Problem] = field(default_factory=list)
     phase: str = "look"
     is_late: bool = False
     """Whether the new content is seen already."""
-    so_far: TargetResult | None = None
-    """What a failure's document tells of the target."""
+    so_far: tuple[TargetResult, ...] = ()
+    """What a failure's document tells of the targets."""
     _begun: float = field(default_factory=time.perf_counter)
     _since: float = field(default_factory=time.perf_counter)
+
+    @property
+    def target(self) -> bytes:
+        """The target, or all of them, for people to read."""
+        return b", ".join(self.targets)
+
+    @property
+    def hint(self) -> str:
+        """What to run for a look at what became of it."""
+        return f"tuckctl status {show(self.targets[0])}" if len(self.targets) == 1 else "tuckctl status"
 
     def enter(self, phase: str) -> None:
         """End the phase before and begin this one."""
@@ -78,10 +88,12 @@ class Course:
             error = _cause(error)
         if self.is_late and error.outcome in ("failed", "refused"):
             message = f"the new content is live, but then something failed: {error.message}"
-            return PartialError(error.code, message, error.hint or f"tuckctl status {show(self.target)}")
+            return PartialError(error.code, message, error.hint or self.hint)
         return error
 
-    def result(self, outcome: str, target: TargetResult | None, error: TuckError | None = None) -> TransactionResult:
+    def result(
+        self, outcome: str, targets: Sequence[TargetResult], error: TuckError | None = None
+    ) -> TransactionResult:
         """Make the document."""
         self._book()
         total = round((time.perf_counter() - self._begun) * 1e6)
@@ -101,7 +113,7 @@ class Course:
             outcome,
             problem,
             tuple(self.warnings),
-            (target,) if target else (),
+            tuple(targets),
             {**self.timings, "total": total},
         )
 
@@ -115,10 +127,10 @@ def system_error(target: bytes, error: OSError) -> FailedError:
 
 
 @contextlib.contextmanager
-def begin(command: str, target: bytes) -> Iterator[Course]:
+def begin(command: str, *targets: bytes) -> Iterator[Course]:
     """Give every failure its document."""
     log.prepare()
-    course = Course(command, target)
+    course = Course(command, targets)
     try:
         with standard_streams():
             yield course

@@ -7,12 +7,12 @@ import contextlib
 import errno
 import os
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tuckctl import stop
 from tuckctl.aside import shielded
-from tuckctl.bystanders import around_of, lost, strangers
+from tuckctl.bystanders import around_of, strangers
 from tuckctl.errors import FailedError, IncompleteError, KernelError, RefusedError, TuckError, UndoneError
 from tuckctl.frozen import frozen
 from tuckctl.holding import Seat
@@ -34,9 +34,10 @@ from tuckctl.kernel.syscalls import (
 )
 from tuckctl.kernel.threads import in_copy
 from tuckctl.locks import courtesy
-from tuckctl.loosening import carriers, loosened
+from tuckctl.loosening import carriers
 from tuckctl.plan import refuse_bound_onto_itself
-from tuckctl.receivers import Arrival, Sight, arrival, copies_of, left_behind, observe
+from tuckctl.receivers import NOBODY, Arrival, Sight, arrival, copies_of, left_behind, observe
+from tuckctl.removal import Leaving, busy_error, detach, remove, remove_in_turn, remove_together
 from tuckctl.target import Content, children, look
 
 if TYPE_CHECKING:
@@ -50,8 +51,6 @@ if TYPE_CHECKING:
     from tuckctl.target import Target
 
 _COURTESY = 2.0
-_NAMED = 3
-"""How many holders a sentence names."""
 _SECOND_LOOKS = (0.003, 0.01, 0.03)
 """How often one looks again for who was left behind, and the pauses in seconds where there is nothing to be done."""
 
@@ -155,7 +154,7 @@ class Exchange:
                 return
             if busy == "fail":
                 break
-        raise _busy_error(self.target, self._covered)
+        raise busy_error(self.target, self._covered)
 
     def tuck(self, excepted: Selection) -> None:
         """Put new beneath old; on a bare directory or filesystem on top, which shows it at once.
@@ -246,10 +245,22 @@ class Exchange:
         self._covered += tuple(ids)
 
     def reveal(self, busy: str, deadline: float, found: Arrival) -> tuple[int, ...]:
-        """Take old off. Returns the ids of the mounts that someone may still use, see _remove."""
+        """Take old off. Returns the ids of the mounts that someone may still use, see tuckctl.removal."""
         if self.old is None:
             return ()
-        return _remove(self.target, self.old, busy, deadline, below=self._below, follow=found.follow, ids=self._covered)
+        return remove(self.target, self.old, busy, deadline, below=self._below, follow=found.follow, ids=self._covered)
+
+    def leaving(self, found: Arrival) -> Leaving:
+        """Return what is to be taken off, together with what lies on other targets; there has to be an old."""
+        if self.old is None:
+            msg = "nothing lies on new"
+            raise ValueError(msg)
+        return Leaving(self.target, self.old, self._below, found.follow, self._covered, self.new)
+
+    @property
+    def is_revealed(self) -> bool:
+        """Whether new is seen here, in the place of an old that is gone."""
+        return self.old is not None and self.target.top_id() == self.new_id
 
     @property
     def _earlier(self) -> int:
@@ -295,6 +306,8 @@ class Exchange:
             mount_setattr(self.new, propagation=wanted)
         elif self.old.peer_group and not self.parent_shared:
             mount_setattr(self.new, propagation=Propagation.SHARED)
+        elif not self.parent_shared and look(self.new_id).peer_group:
+            mount_setattr(self.new, propagation=Propagation.PRIVATE)
 
     def back_out(self) -> bool:
         """Bring back what was there before, with nothing exposed. Returns False when new is revealed already.
@@ -315,7 +328,7 @@ class Exchange:
         if self.old is None:
             if top == self.new_id:
                 copies = observe([look(top).device], top - 1).matches
-                _detach(self.target, top, children(top), copies)
+                detach(self.target, top, children(top), copies)
             return True
         if top == self.new_id:
             return False
@@ -404,97 +417,6 @@ class Exchange:
         return True
 
 
-def _busy_error(target: Target, ids: Sequence[int]) -> UndoneError:
-    users = find_holders(target.path, ids, ())
-    names = ", ".join(f"{holder.command} (pid {holder.pid})" for holder in users[:_NAMED])
-    more = f" and {len(users) - _NAMED} more" if len(users) > _NAMED else ""
-    return UndoneError(
-        "busy",
-        f"{show(target.path)} is still used" + (f" by {names}{more}" if names else ""),
-        users[0].remedy if users else "look for submounts in other namespaces",
-    )
-
-
-def _remove(
-    target: Target,
-    old: Mount,
-    busy: str,
-    deadline: float,
-    *,
-    below: Sequence[Mount],
-    follow: Sequence[Match],
-    ids: tuple[int, ...],
-) -> tuple[int, ...]:
-    """Take old off, with the submounts `below` it; `ids` are its mounts in every namespace that follows.
-
-    A plain unmount is the proof that nobody uses any propagated copy: it takes all of them or none. The
-    kernel refuses it for a mount with submounts, whoever uses it: there, holders are looked for instead.
-
-    Returns the ids of what was detached, which someone may still use, or have come to use at the last
-    moment. Raises UndoneError when old stays in use under "fail", or under "wait" until the deadline on
-    the monotonic clock.
-    """
-    for _ in stop.pauses(deadline):
-        _refuse_changed(target, old)
-        if below:
-            unused = busy == "lazy" or not find_holders(target.path, ids, ())
-        else:
-            try:
-                umount2(target.place)
-            except KernelError as error:
-                if error.errno != errno.EBUSY:
-                    raise
-                unused = busy == "lazy"
-            else:
-                return ()
-        if unused:
-            _detach(target, old.id, below, follow)
-            return ids
-        if busy == "fail":
-            break
-    raise _busy_error(target, ids)
-
-
-def remove(
-    target: Target, old: Mount, below: Sequence[Mount], follow: Sequence[Match], ids: tuple[int, ...]
-) -> tuple[int, ...]:
-    """Take old off, whoever uses it; see `_remove`. Nothing can be undone here."""
-    return _remove(target, old, "lazy", 0.0, below=below, follow=follow, ids=ids)
-
-
-def _refuse_changed(target: Target, old: Mount) -> None:
-    """See that it is old that an unmount takes off."""
-    if target.top_id() != old.id:
-        raise UndoneError(
-            "target-changed",
-            f"{show(target.path)}: something else was mounted or unmounted there meanwhile",
-            "try again",
-        )
-
-
-def _detach(target: Target, old_id: int, below: Sequence[Mount], follow: Sequence[Match]) -> None:
-    """Take old off with its submounts, which goes through propagation with each receiver's own ones."""
-    names = [mount.point[len(target.path) + 1 :] for mount in below]
-    for match in follow:
-        points = lost(match, names) if match.mount_id != old_id else ()
-        if points:
-            raise UndoneError(
-                "receiver-has-submounts",
-                f"{show(min(points))} is mounted in namespace {match.namespace_inode} on the content to be replaced"
-                " and would be lost there",
-                "unmount it there, or restart what lives in that namespace afterwards",
-            )
-    if {mount.id for mount in children(old_id)} != {mount.id for mount in below}:
-        # It is not on the new content, and would be gone.
-        raise UndoneError(
-            "target-changed",
-            f"{show(target.path)}: something was mounted in it, or unmounted, meanwhile",
-            "try again",
-        )
-    with loosened(target, below, sorted(follow, key=lambda match: match.mount_id != old_id)):
-        umount2(target.place, Umount.DETACH)
-
-
 @contextlib.contextmanager
 def _outlasting(target: Target) -> Iterator[None]:
     """Keep the superblock that is seen at the target until the block ends, without keeping its mount busy.
@@ -512,53 +434,152 @@ Look = tuple[tuple["Match", ...], tuple["Match", ...], int]
 """Who shows what is to be seen, who shows content from before, and how many namespaces could not be looked into."""
 
 
+@dataclass(slots=True, eq=False)
+class Part:
+    """What one target has in a transaction: what is exchanged, who is brought along, and where it is noted."""
+
+    exchange: Exchange
+    convergence: Convergence
+    journal: Journal
+    found: Arrival = NOBODY
+    replaced: tuple[int, ...] = ()
+    """The ids of the mounts that were taken off and that someone may still use."""
+
+
+class HalfwayError(Exception):
+    """Some targets are revealed, the others have been undone; the first were to be put back."""
+
+    def __init__(self, cause: BaseException, revealed: Sequence[Part]) -> None:
+        """Keep why the others were undone."""
+        super().__init__(str(cause))
+        self.cause = cause
+        self.revealed = revealed
+
+
 def run(
-    exchange: Exchange,
-    convergence: Convergence,
-    journal: Journal,
+    parts: Sequence[Part],
     *,
     receivers: str,
     busy: str,
     deadline: float,
     enter: Callable[[str], None],
-) -> Revealed:
-    """Tuck, verify, reveal, converge, verify. Whatever goes wrong before the reveal is undone with nothing exposed."""
-    replaced: tuple[int, ...] = ()
-    exchange.wait_if_stuck(busy, deadline)
+    warn: Callable[[str, str, str], None],
+) -> list[Revealed]:
+    """Tuck, verify, reveal, converge, verify: each step on all targets before the next one.
+
+    Whatever goes wrong before the reveal is undone with nothing exposed. Raises HalfwayError where some targets are
+    revealed, others are not, and have to stay so.
+    """
+    for part in parts:
+        part.exchange.wait_if_stuck(busy, deadline)
     enter("tuck")
-    with _outlasting(exchange.target):
+    with contextlib.ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(_outlasting(part.exchange.target))
         try:
-            exchange.note, exchange.step = journal.changing, journal.step
-            journal.step("tuck")
-            exchange.tuck(convergence.excepted)
-            enter("verify")
-            found = exchange.verify_tucked(convergence)
-            if receivers == "require":
-                journal.step("place")
-                convergence.place((*found.stale, *exchange.left_before()))
-                exchange.note_covered(convergence.placed)
+            _arrive(parts, receivers, enter)
             enter("reveal")
-            journal.step("reveal")
-            replaced = exchange.reveal(busy, deadline, found)
-        except BaseException:
+            for part in parts:
+                part.journal.step("reveal")
+            _reveal(parts, busy, deadline, warn)
+        except BaseException as error:  # noqa: BLE001 - raised again, unless it is too late
             enter("undo")
-            with contextlib.suppress(TuckError):
-                journal.step("undo")
-            convergence.give_back()
-            if exchange.back_out():
-                raise
+            _undo(parts, error)
         enter("check")
-        exchange.refuse_not_revealed()
-        exchange.restore_propagation()
-        convergence.finish()
-        return converge(
-            convergence,
-            exchange.verify_revealed,
-            shown=exchange.new_id,
-            replaced=replaced,
-            receivers=receivers,
-            enter=enter,
+        for part in parts:
+            part.exchange.refuse_not_revealed()
+        for part in parts:
+            part.exchange.restore_propagation()
+        # The last first: who looks at one target after the other never sees new, and after that old.
+        return [_finish(part, receivers, enter) for part in reversed(parts)][::-1]
+
+
+def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None]) -> None:
+    """Have everything that is to be seen in its place; what is seen as soon as it is there comes last."""
+    for part in parts:
+        part.exchange.note, part.exchange.step = part.journal.changing, part.journal.step
+        part.journal.step("tuck")
+    unseen = [part for part in parts if part.exchange.old is not None]
+    for wave in (unseen, [part for part in reversed(parts) if part.exchange.old is None]):
+        if not wave:
+            continue
+        enter("tuck")
+        for part in wave:
+            part.exchange.tuck(part.convergence.excepted)
+        enter("verify")
+        for part in wave:
+            part.found = part.exchange.verify_tucked(part.convergence)
+        for part in wave if receivers == "require" else ():
+            part.journal.step("place")
+            part.convergence.place((*part.found.stale, *part.exchange.left_before()))
+            part.exchange.note_covered(part.convergence.placed)
+
+
+def _reveal(parts: Sequence[Part], busy: str, deadline: float, warn: Callable[[str, str, str], None]) -> None:
+    """Take off what lies on new: at one instant where that can be, and else one right after the other."""
+    waiting = [part for part in parts if part.exchange.old is not None]
+    if len(parts) == 1:
+        for part in waiting:
+            part.replaced = part.exchange.reveal(busy, deadline, part.found)
+        return
+    leaving = {part.exchange.target.path: part.exchange.leaving(part.found) for part in waiting}
+    why = None
+    if busy != "lazy":
+        why = f"--busy {busy} takes one unmount for each"
+        detached = [each.target.path for each in remove_in_turn(list(leaving.values()), busy, deadline)]
+    else:
+        detached = list(leaving)
+        if leaving:
+            why = remove_together(list(leaving.values()), waiting[0].convergence.board)
+    for part in waiting:
+        if part.exchange.target.path in detached:
+            part.replaced = leaving[part.exchange.target.path].ids
+    if len(waiting) < len(parts):
+        why = "a first overlay is seen as soon as it is mounted"
+    if why is not None:
+        warn(
+            "not-at-one-instant",
+            f"the targets were not revealed at one instant, but one right after the other, the last first: {why}",
+            "who reads them in the order in which they were named has not seen new before old",
         )
+
+
+def _undo(parts: Sequence[Part], error: BaseException) -> None:
+    """Take new out again wherever it is not revealed, and raise the error; where all are, it is too late for that."""
+    for part in parts:
+        with contextlib.suppress(TuckError):
+            part.journal.step("undo")
+    done = [part for part in parts if part.exchange.is_revealed]
+    if len(done) < len(parts):
+        for part in done:
+            with contextlib.suppress(TuckError):
+                part.journal.step("back")
+    failure = None
+    for part in reversed(parts):
+        try:
+            part.convergence.give_back()
+            if (len(parts) == 1 or part not in done) and not part.exchange.back_out():
+                done.append(part)
+        except IncompleteError as incomplete:
+            failure = failure or incomplete
+    if failure is not None:
+        raise failure from error
+    if not done:
+        raise error
+    if len(set(done)) < len(parts):
+        raise HalfwayError(error, done)
+
+
+def _finish(part: Part, receivers: str, enter: Callable[[str], None]) -> Revealed:
+    part.convergence.finish()
+    return converge(
+        part.convergence,
+        part.exchange.verify_revealed,
+        shown=part.exchange.new_id,
+        replaced=part.replaced,
+        receivers=receivers,
+        enter=enter,
+    )
 
 
 def converge(
@@ -646,7 +667,7 @@ def take_off(
     with _outlasting(target):
         spared = (*strangers(target, old), *around_of(target, convergence.excepted))
         with shielded(tuple({match.mount_id: match for match in spared}.values())):
-            replaced = _remove(target, old, busy, deadline, below=below, follow=before, ids=ids)
+            replaced = remove(target, old, busy, deadline, below=below, follow=before, ids=ids)
             enter("check")
         shown = target.top_id()
         return converge(convergence, verify, shown=shown, replaced=replaced, receivers=receivers, enter=enter)

@@ -12,6 +12,7 @@ import binascii
 import contextlib
 import json
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tuckctl.durable import state_error
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 _FILE = b"journal"
 _FORMAT = 1
 _MOST = 1 << 26
-STEPS = ("tuck", "aside", "arrived", "place", "reveal", "undo")
+STEPS = ("tuck", "aside", "arrived", "place", "reveal", "undo", "back", "done")
 """The steps that a transaction tells of before it takes them, in their order."""
 
 
@@ -90,6 +91,16 @@ class Entry:
     aside: tuple[Mounted, ...]
     brought: tuple[Mounted, ...]
     damage: str | None
+    group: tuple[bytes, ...] = ()
+    """The targets of the transaction, which is done on all of them or on none."""
+    back: int = 0
+    """The id of a mount of the content before that was to be put back in the place of new."""
+    new_content: Content | None = None
+
+    def turned(self) -> Entry:
+        """Return what was to happen on the way back."""
+        new = replace(self.old, id=self.new, namespace_id=self.old.namespace_id)
+        return replace(self, old=new, content=self.new_content, new=self.back)
 
     def as_mount(self) -> Mount:
         """Return old as far as it is known: its content, flags and relations, wherever it is now."""
@@ -200,6 +211,10 @@ class Journal:
         """Write that a mount's propagation is about to be changed for the moment. Raises TuckError."""
         self._append({"changing": mounted(mount, mount.id, mount.namespace_id)})
 
+    def going_back(self, identity: int, new: Mount) -> None:
+        """Write that a mount of the content before is about to be put back in the place of new. Raises TuckError."""
+        self._append({"back": whole(new) | {"id": identity}})
+
     def bringing(self, mounts: Sequence[dict[str, Any]]) -> None:
         """Write which mounts are about to be put in receivers' places, and what relations each is to have."""
         if mounts:
@@ -300,6 +315,7 @@ def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
         for each in line.get("aside", ()):
             mount = _mounted(each)
             aside.setdefault(mount.id, mount)
+    back = next((line["back"] for line in reversed(rest) if "back" in line), None)
     return Entry(
         os.fsencode(first["target"]),
         str(first["transaction"]),
@@ -317,4 +333,7 @@ def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
         tuple(aside.values()),
         tuple(brought.values()),
         damage,
+        tuple(os.fsencode(path) for path in first.get("group", [first["target"]])),
+        int(back["id"]) if back is not None else 0,
+        _content(back) if back is not None else None,
     )

@@ -60,7 +60,7 @@ def stale(revealed: Revealed, scene: Scene) -> tuple[Receiver, ...]:
 
 def tell_of_failed(course: Course, convergence: Convergence, scene: Scene) -> None:
     """Have the document of an undone transaction name who could not be brought."""
-    if course.so_far is None or not convergence.failed or scene.live.old is None:
+    if not convergence.failed or scene.live.old is None:
         return
     sight = observe(convergence.devices)
     failed = [match for match in sight.matches if match.mount_id in convergence.failed]
@@ -72,24 +72,28 @@ def tell_of_failed(course: Course, convergence: Convergence, scene: Scene) -> No
         content=scene.live.old,
         reasons=convergence.reasons(failed),
     )
-    course.so_far = replace(course.so_far, receivers=told, unseen=sight.unseen)
+    course.so_far = tuple(
+        replace(each, receivers=told, unseen=sight.unseen) if each.target == scene.target.path else each
+        for each in course.so_far
+    )
 
 
-def conclude(course: Course, result: TargetResult, outcome: str = "swapped") -> TransactionResult:
+def conclude(course: Course, *results: TargetResult, outcome: str = "swapped") -> TransactionResult:
     """Make the document; raise PartialError with it where someone was left behind."""
-    open_there = [receiver.namespace for receiver in result.receivers if UNLOCKED in receiver.hazards]
-    if open_there:
-        course.warn(
-            UNLOCKED,
-            f"{show(result.target)}: root in a user namespace could unmount the content there and see base"
-            f" (mount namespaces {', '.join(map(str, open_there))})",
-            "restart what lives there: a new namespace gets its mounts locked",
-        )
-    left = [receiver for receiver in result.receivers if receiver.state == "stale"]
-    unseen = result.unseen
+    for result in results:
+        open_there = [receiver.namespace for receiver in result.receivers if UNLOCKED in receiver.hazards]
+        if open_there:
+            course.warn(
+                UNLOCKED,
+                f"{show(result.target)}: root in a user namespace could unmount the content there and see base"
+                f" (mount namespaces {', '.join(map(str, open_there))})",
+                "restart what lives there: a new namespace gets its mounts locked",
+            )
+    left = [receiver for result in results for receiver in result.receivers if receiver.state == "stale"]
+    unseen = max(result.unseen for result in results)
     if not left and not unseen:
-        return course.result(outcome, result)
-    where = show(result.target)
+        return course.result(outcome, results)
+    where = ", ".join(show(result.target) for result in results)
     if left:
         see = "1 receiver still sees" if len(left) == 1 else f"{len(left)} receivers still see"
         message = f"{where}: done, but {see} the content before"
@@ -98,7 +102,7 @@ def conclude(course: Course, result: TargetResult, outcome: str = "swapped") -> 
         spaces = "1 namespace" if unseen == 1 else f"{unseen} namespaces"
         message = f"{where}: done, but {spaces} could not be looked into"
         error = PartialError("namespaces-unseen", message, "run it with the rights to see them")
-    error.result = course.result(error.outcome, result, error)
+    error.result = course.result(error.outcome, results, error)
     raise error
 
 

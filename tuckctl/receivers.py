@@ -149,6 +149,9 @@ class Arrival:
     unseen: int
 
 
+NOBODY = Arrival((), (), (), 0)
+
+
 def arrival(sight: Sight, old: tuple[Match, ...], new_device: tuple[int, int]) -> Arrival:
     """Compare the copies of old with those of new: arrival is that old's parent is new."""
     new = {match.mount_id: match for match in sight.of(new_device)}

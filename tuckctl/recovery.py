@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tuckctl import pins
 from tuckctl.converge import Convergence
 from tuckctl.errors import IncompleteError, KernelError, TuckError
-from tuckctl.exchange import Look, Revealed, converge, remove
+from tuckctl.exchange import Look, Revealed, converge
 from tuckctl.frozen import frozen
 from tuckctl.generations import Current
 from tuckctl.holding import read_replaced
@@ -26,6 +26,7 @@ from tuckctl.kernel.threads import on_thread
 from tuckctl.plan import live_mounts
 from tuckctl.prune import drop_images
 from tuckctl.receivers import arrival, copies_of, left_behind, observe
+from tuckctl.removal import remove
 from tuckctl.spaces import in_spaces, reach
 from tuckctl.switchboard import BLANK, Switchboard
 from tuckctl.target import Content, children, look
@@ -186,7 +187,7 @@ class _Recovery:
         sight = observe([old.device, new.device])
         found = arrival(sight, copies_of(sight, old), new.device)
         ids = tuple(match.mount_id for match in found.follow)
-        return remove(self.target, old, children(old.id), found.follow, ids)
+        return remove(self.target, old, "lazy", 0.0, below=children(old.id), follow=found.follow, ids=ids)
 
     def finish(self, replaced: Iterable[int], request: Wishes) -> Revealed:
         """Give new the propagation that old had, and bring whoever did not follow."""

@@ -13,6 +13,8 @@ from tuckctl.plan import BUSY, RECEIVERS, parse_options
 from tuckctl.selection import check_selectors
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tuckctl.images import Progress
 
 
@@ -51,11 +53,19 @@ def check_request(request: Request) -> None:
         raise UsageError("unknown-value", f"--timeout {request.timeout}: it is a number of seconds, 0 or more")
     if request.keep < 0:
         raise UsageError("unknown-value", f"--keep {request.keep}: it is a number of generations, 0 or more")
-    if request.sha256 and len(request.sha256) != len(request.images):
-        raise UsageError(
-            "digest-count",
-            f"there are not as many digests ({len(request.sha256)}) as images ({len(request.images)})",
-            "give one --sha256 for each image",
-        )
     if request.options is not None:
         parse_options(request.options)
+
+
+def shared_out(digests: Sequence[str], counts: Sequence[int]) -> list[tuple[str, ...]]:
+    """Give each of several targets the digests of its images, in their order. Raises UsageError."""
+    if not digests:
+        return [() for _ in counts]
+    if len(digests) != sum(counts):
+        raise UsageError(
+            "digest-count",
+            f"there are not as many digests ({len(digests)}) as images ({sum(counts)})",
+            "give one --sha256 for each image",
+        )
+    left = iter(digests)
+    return [tuple(next(left) for _ in range(count)) for count in counts]

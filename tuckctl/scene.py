@@ -21,10 +21,10 @@ from tuckctl.locks import locked, release, take
 from tuckctl.overlay import generation_of, is_ours
 from tuckctl.plan import Live, classify, live_mounts, refuse_capabilities, refuse_nested
 from tuckctl.receivers import copies_of, observe
-from tuckctl.target import Target, base_directory, look, open_base, open_target
+from tuckctl.target import Target, base_directory, look, open_base, open_target, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from tuckctl.journal import Entry
     from tuckctl.places import Places
@@ -120,6 +120,51 @@ def open_scene(
         if not recovering:
             refuse_copy(target, live, namespace)
         yield Scene(target, live, records, current, boot, namespace)
+
+
+@contextlib.contextmanager
+def open_scenes(
+    places: Places, paths: Sequence[bytes], deadline: float, *, adopt: bool, recovering: bool = False
+) -> Iterator[list[Scene]]:
+    """Open several targets as `open_scene` does one. Two that do so never wait for each other: they lock in one order.
+
+    Raises UsageError for a target that is named twice, RefusedError for one that lies in another one.
+    """
+    with contextlib.ExitStack() as stack:
+        if len(paths) == 1:
+            yield [stack.enter_context(open_scene(places, paths[0], deadline, adopt=adopt, recovering=recovering))]
+            return
+        refuse_capabilities(effective_capabilities())
+        real = [resolve(path) for path in paths]
+        _refuse_entangled(real)
+        scenes = {
+            path: stack.enter_context(open_scene(places, path, deadline, adopt=adopt, recovering=recovering))
+            for path in sorted(real)
+        }
+        yield [scenes[path] for path in real]
+
+
+def _refuse_entangled(paths: Sequence[bytes]) -> None:
+    """Refuse targets that are one, by whatever paths, and those that lie in one another."""
+    spots: dict[Spot, bytes] = {}
+    for path in paths:
+        with open_target(path) as target:
+            spot = Spot.of(target.around, path) or Spot(target.around.device, path)
+        if spot in spots:
+            raise UsageError(
+                "target-twice",
+                f"{show(path)} is named twice" + (f": it is {show(spots[spot])}" if path != spots[spot] else ""),
+                "name all its images after TARGET alone",
+            )
+        spots[spot] = path
+    for inner in paths:
+        outer = next((path for path in paths if inner.startswith(path + b"/")), None)
+        if outer is not None:
+            raise RefusedError(
+                "targets-nested",
+                f"{show(inner)} lies in {show(outer)}: the two cannot be swapped in one transaction",
+                f"put the change into an image for {show(outer)}, or swap one after the other",
+            )
 
 
 def _interrupted(target: Target, ours: dict[int, int | None]) -> Live:

@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError
+from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Resolve, Umount
 from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import (
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from tuckctl.kernel.fd import Fd
-    from tuckctl.kernel.syscalls import Mount
+    from tuckctl.kernel.syscalls import Descriptor, Mount
 
 
 @contextlib.contextmanager
@@ -77,6 +78,20 @@ def unmount_here(root: Fd, path: bytes) -> None:
         umount2(b".", Umount.DETACH)
     finally:
         os.chdir(b"/")
+
+
+@frozen
+class StandIn:
+    """What stands for a mount where what is unmounted is to be unmounted with it everywhere.
+
+    `clone` is a private, detached clone of it, that others stand on, and that is to join its peer group; None for one
+    on which nothing stands. `place` is its path on what it stands on itself.
+    """
+
+    original: Fd
+    clone: Fd | None
+    place: bytes
+    on_it: tuple[StandIn, ...] = ()
 
 
 BLANK = b"tuckctl:blank"
@@ -354,10 +369,13 @@ class Switchboard:
         move_mount(tree, AT_FDCWD, slot)
         return slot
 
-    def reveal(self, member: Fd, *, lazy: bool) -> None:
-        """Take off what lies on each copy of a mount, but for `member`, one of its peer group; locked ones too."""
+    def reveal(self, member: Fd, *, lazy: bool, clone: Fd | None = None) -> None:
+        """Take off what lies on each copy of a mount, but for `member`, one of its peer group; locked ones too.
+
+        Where `member` was not made in the helper namespace, a detached `clone` of it is needed.
+        """
         self._enter()
-        with open_tree(member, clone=True) as bearer, open_tree(AT_FDCWD, b"/directory", clone=True) as decoy:
+        with clone or open_tree(member, clone=True) as bearer, open_tree(AT_FDCWD, b"/directory", clone=True) as decoy:
             mount_setattr(bearer, propagation=Propagation.PRIVATE)
             slot = self._slot(bearer)
             try:
@@ -367,6 +385,41 @@ class Switchboard:
                 umount2(slot, Umount.DETACH if lazy else Umount(0))
             finally:
                 hang_up(bearer, slot)
+
+    def take_off(self, trees: Sequence[StandIn]) -> None:
+        """Take off, at one instant, what lies on each copy of the mounts that these stand for, where the trees say.
+
+        One unmount takes them all off: what stands on a member of a peer group is unmounted on every member
+        (propagate_umount in fs/pnode.c). Raises KernelError where it cannot be done; then nothing is off.
+        """
+        self._enter()
+        with new_mount("tmpfs", [("source", BLANK), ("mode", b"0700")]) as root, contextlib.ExitStack() as stack:
+            slot = self._slot(root)
+            try:
+                for number, tree in enumerate(trees):
+                    place = b"%s/%d" % (slot, number)
+                    os.mkdir(place)
+                    self._stand(tree, AT_FDCWD, place, stack)
+                for tree in trees:
+                    _join(tree)
+                umount2(slot, Umount.DETACH)
+            except BaseException:
+                hang_up(root, slot)
+                raise
+
+    def _stand(self, tree: StandIn, onto: Descriptor, place: bytes, stack: contextlib.ExitStack) -> None:
+        blank = b"/directory" if is_folder(tree.original) else b"/file"
+        mount = tree.clone or stack.enter_context(open_tree(AT_FDCWD, blank, clone=True))
+        move_mount(mount, onto, place)
+        for each in tree.on_it:
+            self._stand(each, mount, each.place, stack)
+
+
+def _join(tree: StandIn) -> None:
+    for each in tree.on_it:
+        _join(each)
+    if tree.clone is not None:
+        move_mount_set_group(tree.original, tree.clone)
 
 
 def _connect(root: Fd, end: Fd, *, borrowed: bool, shared: bool = False) -> None:

@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,32 +24,35 @@ from tuckctl.errors import (
     TuckError,
     UndoneError,
 )
-from tuckctl.exchange import Exchange, converge, run, take_off
+from tuckctl.exchange import Exchange, HalfwayError, Part, converge, run, take_off
 from tuckctl.generations import Current, Generation, ImageRecord
 from tuckctl.images import Image, Store
 from tuckctl.journal import Journal, interrupted, whole
 from tuckctl.kernel.fd import reserve
-from tuckctl.kernel.flags import option_names
-from tuckctl.kernel.syscalls import open_tree, show
+from tuckctl.kernel.flags import Propagation, option_names
+from tuckctl.kernel.syscalls import mount_setattr, open_tree, show
 from tuckctl.kernel.threads import in_namespace
 from tuckctl.locks import locked
 from tuckctl.outcome import as_it_is, conclude, present, remember, remember_left, stale, tell_of_failed
+from tuckctl.overlay import generation_of
 from tuckctl.places import Places
-from tuckctl.plan import attributes, parse_options, refuse_layers
+from tuckctl.plan import Live, attributes, parse_options, refuse_layers
 from tuckctl.processes import caller
 from tuckctl.prune import drop_generations, drop_images
 from tuckctl.receivers import copies_of, left_behind, observe
 from tuckctl.request import KEYWORDS, Request, check_request
 from tuckctl.results import TargetResult, TransactionResult, infos
-from tuckctl.scene import Scene, absolute, open_scene, opened_base, refuse_inside
+from tuckctl.scene import Scene, absolute, open_scene, open_scenes, opened_base, refuse_inside
 from tuckctl.selection import Selection
 from tuckctl.spaces import open_space
+from tuckctl.target import look
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from tuckctl.carry import Carriage
     from tuckctl.durable import Draft
+    from tuckctl.exchange import Revealed
     from tuckctl.journal import Entry
     from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.flags import MountAttr
@@ -59,91 +63,166 @@ _DESCRIPTORS = 32
 """How many descriptors are seen to be free before the tuck: after it, none may be lacking."""
 
 
+Asked = Sequence[tuple[bytes, Request]]
+"""Targets, each with what is asked for on it: on several, that differs in the images alone."""
+
+
 def _act(
-    work: Callable[[bytes, Request], TransactionResult],
-    command: str,
-    path: bytes,
-    request: Request,
-    namespace: bytes | None,
+    work: Callable[[Asked], TransactionResult], command: str, asked: Asked, namespace: bytes | None
 ) -> TransactionResult:
     """Do it here, or in another mount namespace, where every path is taken then."""
     if namespace is None:
-        return _recovered_first(work, path, request)
-    with begin(command, path):
-        path = absolute(path, "target")
-        images = tuple(absolute(image, "image") for image in request.images)
-        base = request.base
-        if base is not None and base not in KEYWORDS:
-            base = absolute(base, "base")
+        return _recovered_first(work, asked)
+    with begin(command, *(path for path, _ in asked)):
+        asked = [(absolute(path, "target"), _with_absolute_paths(request)) for path, request in asked]
         space = open_space(namespace)
     with space:
-        return in_namespace(space, lambda: _recovered_first(work, path, replace(request, images=images, base=base)))
+        return in_namespace(space, lambda: _recovered_first(work, asked))
 
 
-def _recovered_first(
-    work: Callable[[bytes, Request], TransactionResult], path: bytes, request: Request
-) -> TransactionResult:
-    """Put what was interrupted on the target in order first, where that is asked for."""
-    if request.recover:
-        with contextlib.suppress(PartialError):  # the work that comes tells of receivers itself
-            _recover(path, replace(request, recover=False), undo=False)
-    return work(path, request)
+def _with_absolute_paths(request: Request) -> Request:
+    images = tuple(absolute(image, "image") for image in request.images)
+    base = request.base
+    if base is not None and base not in KEYWORDS:
+        base = absolute(base, "base")
+    return replace(request, images=images, base=base)
 
 
-def swap(path: bytes, request: Request, *, namespace: bytes | None = None) -> TransactionResult:
-    """Replace the target's content by these images over base."""
-    return _act(_swap, "swap", path, request, namespace)
+def _recovered_first(work: Callable[[Asked], TransactionResult], asked: Asked) -> TransactionResult:
+    """Put what was interrupted on the targets in order first, where that is asked for."""
+    for path, request in asked:
+        if request.recover:
+            with contextlib.suppress(PartialError):  # the work that comes tells of receivers itself
+                _recover(path, replace(request, recover=False), undo=False)
+    return work(asked)
 
 
-def _swap(path: bytes, request: Request) -> TransactionResult:
+def _alone(work: Callable[[bytes, Request], TransactionResult]) -> Callable[[Asked], TransactionResult]:
+    """Return work on one target as work on those that are asked for, which are one."""
+    return lambda asked: work(*asked[0])
+
+
+@dataclass(slots=True)
+class Turn:
+    """One target's part in a transaction: how it is, what it is to show, and the exchange of the two."""
+
+    scene: Scene
+    request: Request
+    generation: Generation
+    exchange: Exchange
+    adopted: Generation | None = None
+
+
+def swap(asked: Asked, *, namespace: bytes | None = None) -> TransactionResult:
+    """Replace the targets' content by these images over base: that of all of them, or of none."""
+    return _act(_swap, "swap", asked, namespace)
+
+
+def _swap(asked: Asked) -> TransactionResult:
     places = Places.from_environment()
-    with begin("swap", path) as course, contextlib.ExitStack() as afterwards, contextlib.ExitStack() as stack:
-        check_request(request)
-        deadline = time.monotonic() + request.timeout
-        scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
-        course.so_far = as_it_is(scene)
-        base = base_of(request, scene)
-        refuse_layers(len(request.images), base)
-        flags = attributes(scene.target, scene.live, request.options)
-        bottom = stack.enter_context(opened_base(scene))
+    paths = [path for path, _ in asked]
+    with begin("swap", *paths) as course, contextlib.ExitStack() as afterwards, contextlib.ExitStack() as stack:
+        for _, request in asked:
+            check_request(request)
+        common = asked[0][1]
+        deadline = time.monotonic() + common.timeout
+        scenes = stack.enter_context(open_scenes(places, paths, deadline, adopt=common.adopt))
+        course.so_far = tuple(map(as_it_is, scenes))
         afterwards.callback(drop_images, places)
-        images = open_images(stack, course, scene, request, places=places, deadline=deadline, bottom=bottom)
-        if _unchanged(scene, images, flags, base):
-            return _report_unchanged(course, scene, request, deadline=deadline, places=places)
-        before = scene.live.generation
-        adopted, scene = _adopt(scene, course)
-        generation = Generation(
-            adopted.number + 1 if adopted is not None else scene.records.next_number(),
-            scene.target.path,
-            tuple(ImageRecord(image.path, image.format, image.sha256, image.kept) for image in images),
-            option_names(flags),
-            base,
-            _now(),
-            course.transaction,
-            "pending",
-            who=caller(),
-        )
-        course.enter("assemble")
-        carriage = stack.enter_context(gather(scene.target))
-        new = mount_content(stack, scene, generation, images, bottom=bottom, flags=flags, places=places)
-        exchange = _prepare(stack, scene, new, carriage, places)
+        wanted = [
+            _look_up(stack, course, scene, request, places=places, deadline=deadline)
+            for scene, (_, request) in zip(scenes, asked, strict=True)
+        ]
+        changing = [each for each in wanted if not each.is_live]
+        turns = []
+        if changing:
+            course.enter("assemble")
+            turns = [_assemble(stack, course, each, places) for each in changing]
         try:
-            for record in (adopted, generation):
-                if record is not None:
-                    scene.records.write(record)
-            return _exchange(course, scene, exchange, generation, request, deadline=deadline, places=places)
-        except PartialError:
-            raise
-        except BaseException as error:
-            _record_failure(scene, error, adopted, generation)
-            raise
+            done = _record_and_exchange(course, turns, deadline=deadline, places=places)
+            results = {result.target: result for result in done}
+            for each in wanted:
+                if each.is_live:
+                    told = _told_unchanged(course, each.scene, each.request, deadline=deadline, places=places)
+                    results[told.target] = told
+            outcome = "swapped" if turns else "unchanged"
+            return conclude(course, *(results[scene.target.path] for scene in scenes), outcome=outcome)
         finally:
-            drop_generations(scene.records, places, request.keep, before)
+            for each in changing:
+                drop_generations(each.scene.records, places, common.keep, each.scene.live.generation)
+
+
+def _record_and_exchange(
+    course: Course, turns: Sequence[Turn], *, deadline: float, places: Places
+) -> tuple[TargetResult, ...]:
+    """Record what is about to be done, do it, and record what came of it where that was nothing."""
+    try:
+        for turn in turns:
+            for record in (turn.adopted, turn.generation):
+                if record is not None:
+                    turn.scene.records.write(record)
+        return _exchange(course, turns, deadline=deadline, places=places) if turns else ()
+    except PartialError:
+        raise
+    except BaseException as error:
+        for turn in turns:
+            _record_failure(turn.scene, error, turn.adopted, turn.generation)
+        raise
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """What a target is to show, found and checked; nothing is touched yet."""
+
+    scene: Scene
+    request: Request
+    images: Sequence[Image]
+    flags: MountAttr
+    base: bytes
+    bottom: Fd
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the target shows it already."""
+        return _unchanged(self.scene, self.images, self.flags, self.base)
+
+
+def _look_up(
+    stack: contextlib.ExitStack, course: Course, scene: Scene, request: Request, *, places: Places, deadline: float
+) -> _Wanted:
+    base = base_of(request, scene)
+    refuse_layers(len(request.images), base)
+    flags = attributes(scene.target, scene.live, request.options)
+    bottom = stack.enter_context(opened_base(scene))
+    images = open_images(stack, course, scene, request, places=places, deadline=deadline, bottom=bottom)
+    return _Wanted(scene, request, images, flags, base, bottom)
+
+
+def _assemble(stack: contextlib.ExitStack, course: Course, wanted: _Wanted, places: Places) -> Turn:
+    """Mount what a target is to show, detached, as a new generation."""
+    adopted, scene = _adopt(wanted.scene, course)
+    generation = Generation(
+        adopted.number + 1 if adopted is not None else scene.records.next_number(),
+        scene.target.path,
+        tuple(ImageRecord(image.path, image.format, image.sha256, image.kept) for image in wanted.images),
+        option_names(wanted.flags),
+        wanted.base,
+        _now(),
+        course.transaction,
+        "pending",
+        who=caller(),
+    )
+    carriage = stack.enter_context(gather(scene.target))
+    new = mount_content(
+        stack, scene, generation, wanted.images, bottom=wanted.bottom, flags=wanted.flags, places=places
+    )
+    exchange = _prepare(stack, scene, new, carriage, places)
+    return Turn(scene, wanted.request, generation, exchange, adopted)
 
 
 def rollback(path: bytes, request: Request, *, namespace: bytes | None = None) -> TransactionResult:
     """Bring back the generation that was live before, or a given one, by the same tuck."""
-    return _act(_rollback, "rollback", path, request, namespace)
+    return _act(_alone(_rollback), "rollback", [(path, request)], namespace)
 
 
 def _rollback(path: bytes, request: Request) -> TransactionResult:
@@ -152,13 +231,14 @@ def _rollback(path: bytes, request: Request) -> TransactionResult:
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=False))
-        course.so_far = as_it_is(scene)
+        course.so_far = (as_it_is(scene),)
         generation = _generation_to(scene, request.to)
         bottom = stack.enter_context(opened_base(scene))
         course.enter("images")
         stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
         if generation.number == scene.live.generation:
-            return _report_unchanged(course, scene, request, deadline=deadline, places=places)
+            result = _told_unchanged(course, scene, request, deadline=deadline, places=places)
+            return conclude(course, result, outcome="unchanged")
         new = remake(stack, course, scene, generation, request, bottom=bottom, places=places)
         return put_in_place(stack, course, scene, new, generation, request=request, deadline=deadline, places=places)
 
@@ -208,7 +288,8 @@ def put_in_place(
     """Make a generation on record, mounted detached, the one that is live."""
     carriage = stack.enter_context(gather(scene.target))
     exchange = _prepare(stack, scene, new, carriage, places)
-    return _exchange(course, scene, exchange, generation, request, deadline=deadline, places=places)
+    turn = Turn(scene, request, generation, exchange)
+    return conclude(course, *_exchange(course, [turn], deadline=deadline, places=places))
 
 
 def recover(
@@ -219,8 +300,8 @@ def recover(
     Without a target, on every one that has a journal.
     """
     if path is None:
-        return _act(partial(_recover_all, undo=undo), "recover", b"/", request, namespace)
-    return _act(partial(_recover, undo=undo), "recover", path, request, namespace)
+        return _act(_alone(partial(_recover_all, undo=undo)), "recover", [(b"/", request)], namespace)
+    return _act(_alone(partial(_recover, undo=undo)), "recover", [(path, request)], namespace)
 
 
 def _recover(path: bytes, request: Request, *, undo: bool) -> TransactionResult:
@@ -229,11 +310,11 @@ def _recover(path: bytes, request: Request, *, undo: bool) -> TransactionResult:
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=False, recovering=True))
-        course.so_far = as_it_is(scene)
+        course.so_far = (as_it_is(scene),)
         entry = recovery.find(scene, places)
         if entry is None:
             recovery.tidy(scene, places)
-            return conclude(course, course.so_far, outcome="unchanged")
+            return conclude(course, *course.so_far, outcome="unchanged")
         result = _put_in_order(course, scene, entry, request, undo=undo, deadline=deadline, places=places)
         recovery.tidy(scene, places)
     if undo and result.generation == entry.generation and entry.previous is not None:
@@ -253,7 +334,7 @@ def _recover_all(_: bytes, request: Request, *, undo: bool) -> TransactionResult
             failure = failure or error
             if error.result is not None:
                 done.append(error.result)
-    with begin("recover", b"") as course:
+    with begin("recover") as course:
         if failure is not None:
             failure.result = replace(
                 failure.result, targets=tuple(target for result in done for target in result.targets)
@@ -262,7 +343,7 @@ def _recover_all(_: bytes, request: Request, *, undo: bool) -> TransactionResult
         outcome = "recovered" if any(result.outcome == "recovered" for result in done) else "unchanged"
         course.warnings += [warning for result in done for warning in result.warnings]
         return replace(
-            course.result(outcome, None), targets=tuple(target for result in done for target in result.targets)
+            course.result(outcome, ()), targets=tuple(target for result in done for target in result.targets)
         )
 
 
@@ -357,7 +438,7 @@ def _finish_detach(
         course.enter("record")
         current = Current(None, entry.previous, scene.boot_id, scene.namespace, 0)
         if scene.records.current() != current:
-            _publish(course, journal, stack.enter_context(scene.records.draft_current(current)))
+            _publish_one(course, journal, stack.enter_context(scene.records.draft_current(current)))
         journal.end()
     scene = replace(scene, live=replace(scene.live, old=entry.as_mount(), generation=entry.previous))
     holders = remember(scene, revealed, places)
@@ -366,7 +447,7 @@ def _finish_detach(
 
 def detach(path: bytes, request: Request, *, namespace: bytes | None = None) -> TransactionResult:
     """Take the overlay off: base is seen again, in one step."""
-    return _act(_detach, "detach", path, request, namespace)
+    return _act(_alone(_detach), "detach", [(path, request)], namespace)
 
 
 def _detach(path: bytes, request: Request) -> TransactionResult:
@@ -375,7 +456,7 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
-        course.so_far = as_it_is(scene)
+        course.so_far = (as_it_is(scene),)
         target, old = scene.target, scene.live.old
         if old is None:
             return _detached_already(course, scene, request, deadline=deadline, places=places)
@@ -438,7 +519,7 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
                 _record_failure(scene, error, adopted)
             raise
         course.enter("record")
-        _publish(course, journal, record)
+        _publish_one(course, journal, record)
         _pin(scene, keepsake, places)
         journal.end()
         holders = remember(scene, revealed, places)
@@ -491,9 +572,7 @@ def _unchanged(scene: Scene, images: Sequence[Image], flags: MountAttr, base: by
     )
 
 
-def _report_unchanged(
-    course: Course, scene: Scene, request: Request, *, deadline: float, places: Places
-) -> TransactionResult:
+def _told_unchanged(course: Course, scene: Scene, request: Request, *, deadline: float, places: Places) -> TargetResult:
     """Say that it is live already; bring who does not see it."""
     target, old, generation = scene.target.path, scene.live.old, scene.live.generation
     recorded = scene.records.get(generation) if generation is not None else None
@@ -521,7 +600,7 @@ def _report_unchanged(
         convergence.know_slaves(holding.read_replaced(places.of(target)).slaves)
         shown = old.id if old is not None else 0
         revealed = converge(convergence, verify, shown=shown, receivers=request.receivers, enter=course.enter)
-    result = TargetResult(
+    return TargetResult(
         target,
         generation,
         scene.current.previous if scene.current else None,
@@ -531,7 +610,6 @@ def _report_unchanged(
         revealed.unseen,
         remember(scene, revealed, places),
     )
-    return conclude(course, result, outcome="unchanged")
 
 
 def _before(scene: Scene) -> int | None:
@@ -624,99 +702,225 @@ def _prepare(stack: contextlib.ExitStack, scene: Scene, new: Fd, carriage: Carri
     return exchange
 
 
-def _exchange(
-    course: Course,
-    scene: Scene,
-    exchange: Exchange,
-    generation: Generation,
-    request: Request,
+@dataclass(slots=True)
+class _Enlisted:
+    """A turn that is about to be taken: its records as drafts, and what is kept to go back to."""
+
+    turn: Turn
+    part: Part
+    current: Current
+    records: Sequence[Draft]
+    keepsake: Fd | None
+    way_back: Fd | None
+
+
+def _enlist(
+    stack: contextlib.ExitStack,
+    turn: Turn,
+    excepted: Selection,
     *,
+    way_back: bool,
     deadline: float,
     places: Places,
-) -> TransactionResult:
-    """Tuck, verify, reveal, converge, record. Records are on the disk before the tuck, and get their names after it."""
+) -> _Enlisted:
+    """Write the records, and prepare to bring who does not follow. Nothing is touched yet."""
+    scene, request, exchange = turn.scene, turn.request, turn.exchange
     target, live = scene.target, scene.live
-    if not generation.adopted:
-        generation = replace(generation, outcome="swapped")
-    previous = _previous(scene, generation.number)
-    current = Current(generation.number, previous, scene.boot_id, scene.namespace, exchange.new_id)
-    with contextlib.ExitStack() as stack:
-        records = [stack.enter_context(scene.records.draft(generation))]
-        records.append(stack.enter_context(scene.records.draft_current(current)))
-        keepsake = _keepsake(stack, scene)
-        journal = stack.enter_context(Journal(places.of(target.path)))
-        convergence = stack.enter_context(
-            Convergence(
-                target.path,
-                live.old,
-                exchange.new,
-                busy=request.busy,
-                deadline=deadline,
-                left=exchange.left,
-                excepted=_selection(course, request),
-                around=scene.target.below,
-                journal=journal,
-            )
+    if not turn.generation.adopted:
+        turn.generation = replace(turn.generation, outcome="swapped")
+    number = turn.generation.number
+    current = Current(number, _previous(scene, number), scene.boot_id, scene.namespace, exchange.new_id)
+    records = [stack.enter_context(scene.records.draft(turn.generation))]
+    records.append(stack.enter_context(scene.records.draft_current(current)))
+    keepsake = _keepsake(stack, scene)
+    clone = None
+    if way_back and live.old is not None:
+        clone = stack.enter_context(open_tree(target.parent, target.name, clone=True))
+        mount_setattr(clone, propagation=Propagation.PRIVATE)
+    journal = stack.enter_context(Journal(places.of(target.path)))
+    convergence = stack.enter_context(
+        Convergence(
+            target.path,
+            exchange.old,
+            exchange.new,
+            busy=request.busy,
+            deadline=deadline,
+            left=exchange.left,
+            excepted=excepted,
+            around=target.below,
+            journal=journal,
         )
-        convergence.know_slaves(holding.read_replaced(places.of(target.path)).slaves)
+    )
+    convergence.know_slaves(holding.read_replaced(places.of(target.path)).slaves)
+    return _Enlisted(turn, Part(exchange, convergence, journal), current, records, keepsake, clone)
+
+
+def _begin(course: Course, enlisted: Sequence[_Enlisted]) -> None:
+    """Write what is to happen, on every target before anything does on one."""
+    group = [os.fsdecode(each.turn.scene.target.path) for each in enlisted]
+    for each in enlisted:
+        scene = each.turn.scene
+        each.part.journal.begin(
+            transaction=course.transaction,
+            command=course.command,
+            target=os.fsdecode(scene.target.path),
+            group=group,
+            boot_id=scene.boot_id,
+            namespace=scene.namespace,
+            generation=each.current.generation,
+            previous=each.current.previous,
+            old=whole(each.turn.exchange.old),
+            new=each.turn.exchange.new_id,
+        )
+
+
+def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places: Places) -> tuple[TargetResult, ...]:
+    """Tuck, verify, reveal, converge, record. Records are on the disk before the tuck, and get their names after it."""
+    request = turns[0].request
+    with contextlib.ExitStack() as stack:
+        way_back = len(turns) > 1 and request.busy != "lazy"
+        excepted = _selection(course, request)
+        enlisted = [
+            _enlist(stack, turn, excepted, way_back=way_back, deadline=deadline, places=places) for turn in turns
+        ]
         try:
-            journal.begin(
-                transaction=course.transaction,
-                command=course.command,
-                target=os.fsdecode(target.path),
-                boot_id=scene.boot_id,
-                namespace=scene.namespace,
-                generation=generation.number,
-                previous=previous,
-                old=whole(live.old),
-                new=exchange.new_id,
-            )
+            _begin(course, enlisted)
             revealed = run(
-                exchange,
-                convergence,
-                journal,
+                [each.part for each in enlisted],
                 receivers=request.receivers,
                 busy=request.busy,
                 deadline=deadline,
                 enter=course.enter,
+                warn=course.warn,
             )
+        except HalfwayError as halfway:
+            for each in enlisted:
+                if each.part in halfway.revealed and each.way_back is not None:
+                    _swap_back(course, each.turn.scene, each.way_back, each.part.journal, places)
+            for each in enlisted:
+                each.part.journal.end()
+            raise halfway.cause from None
         except BaseException as error:
-            if not isinstance(error, IncompleteError):
-                if live.old is not None and scene.target.top_id() == exchange.new_id:
-                    remember_left(live.old, target.path, places, convergence.slaves())
-                journal.end()
-            if isinstance(error, UndoneError):
-                tell_of_failed(course, convergence, scene)
+            for each in enlisted:
+                _tell_failure(course, each, error, places)
             raise
         course.enter("record")
-        _publish(course, journal, *records)
-        if course.command == "swap":
-            pins.unpin(places.run, target.path)
-        elif generation.adopted:
-            pins.unpin(places.run, target.path, generation.number)
-        _pin(scene, keepsake, places)
+        _publish(course, enlisted)
+        for each in enlisted:
+            scene, generation = each.turn.scene, each.turn.generation
+            if course.command == "swap":
+                pins.unpin(places.run, scene.target.path)
+            elif generation.adopted:
+                pins.unpin(places.run, scene.target.path, generation.number)
+            _pin(scene, each.keepsake, places)
+        _end([each.part.journal for each in enlisted])
+    return tuple(_told(each, shown, places) for each, shown in zip(enlisted, revealed, strict=True))
+
+
+def _end(journals: Sequence[Journal]) -> None:
+    """Remove the journals of a transaction that is done; killed in between, there is nothing to be undone any more."""
+    for journal in journals if len(journals) > 1 else ():
+        with contextlib.suppress(TuckError):
+            journal.step("done")
+    for journal in journals:
         journal.end()
-    receivers = present(revealed, generation.number, target.path) + stale(revealed, scene)
-    result = TargetResult(
-        target.path,
+
+
+def _swap_back(course: Course, scene: Scene, mount: Fd, journal: Journal, places: Places) -> None:
+    """Bring back what was there before, by a tuck as well, where other targets could not be revealed.
+
+    `mount` shows it. Raises IncompleteError where that cannot be done.
+    """
+    target = scene.target.refreshed()
+    try:
+        with contextlib.ExitStack() as stack:
+            shown = look(target.top_id())
+            scene = replace(scene, target=target, live=Live(shown, None, adopted=False))
+            exchange = _prepare(stack, scene, mount, stack.enter_context(gather(target)), places)
+            journal.going_back(exchange.new_id, shown)
+            convergence = stack.enter_context(
+                Convergence(
+                    target.path,
+                    shown,
+                    mount,
+                    busy="lazy",
+                    deadline=time.monotonic(),
+                    left=exchange.left,
+                    excepted=Selection(()),
+                    around=target.below,
+                    journal=journal,
+                )
+            )
+            run(
+                [Part(exchange, convergence, journal)],
+                receivers="converge",
+                busy="lazy",
+                deadline=time.monotonic(),
+                enter=lambda _: course.enter("undo"),
+                warn=course.warn,
+            )
+            current = scene.records.current()
+            if current is not None and generation_of(look(exchange.new_id).source, target.path) is None:
+                with scene.records.draft_current(replace(current, mount_id=exchange.new_id)) as record:
+                    record.publish()
+    except (TuckError, OSError) as error:
+        raise IncompleteError(
+            "undo-failed",
+            f"{show(target.path)}: the new content is seen, and the one before could not be brought back: {error}",
+            f"tuckctl recover {show(target.path)}",
+        ) from error
+
+
+def _tell_failure(course: Course, each: _Enlisted, error: BaseException, places: Places) -> None:
+    """Tell of a target on which nothing is live that was to be, unless that is for a recovery to put in order."""
+    scene, old = each.turn.scene, each.turn.scene.live.old
+    if not isinstance(error, IncompleteError):
+        if old is not None and scene.target.top_id() == each.turn.exchange.new_id:
+            remember_left(old, scene.target.path, places, each.part.convergence.slaves())
+        each.part.journal.end()
+    if isinstance(error, UndoneError):
+        tell_of_failed(course, each.part.convergence, scene)
+
+
+def _told(each: _Enlisted, revealed: Revealed, places: Places) -> TargetResult:
+    scene, generation = each.turn.scene, each.turn.generation
+    path = scene.target.path
+    return TargetResult(
+        path,
         generation.number,
-        current.previous,
+        each.current.previous,
         revealed.mount_id,
         infos(generation.images),
-        receivers,
+        present(revealed, generation.number, path) + stale(revealed, scene),
         revealed.unseen,
         remember(scene, revealed, places),
     )
-    return conclude(course, result)
 
 
-def _publish(course: Course, journal: Journal, *records: Draft) -> None:
+def _publish(course: Course, enlisted: Sequence[_Enlisted]) -> None:
     """Record what is live now; it is too late to go back, so a failure is told and no more."""
+    failure = None
+    for each in enlisted:
+        try:
+            for record in each.records:
+                record.publish()
+        except TuckError as error:
+            failure = failure or error
+    if failure is not None:
+        for each in enlisted:
+            each.part.journal.end()
+        raise _not_recorded(course, failure) from failure
+
+
+def _not_recorded(course: Course, error: TuckError) -> PartialError:
+    late = PartialError("not-recorded", f"the new content is live, but could not be recorded: {error}", error.hint)
+    late.result = course.result(late.outcome, course.so_far, late)
+    return late
+
+
+def _publish_one(course: Course, journal: Journal, record: Draft) -> None:
     try:
-        for record in records:
-            record.publish()
+        record.publish()
     except TuckError as error:
         journal.end()
-        late = PartialError("not-recorded", f"the new content is live, but could not be recorded: {error}", error.hint)
-        late.result = course.result(late.outcome, course.so_far, late)
-        raise late from error
+        raise _not_recorded(course, error) from error

@@ -391,6 +391,27 @@ static uint64_t id_of_tree(int tree) {
     return id;
 }
 
+static void unmounts_in_turn(void) {
+    const char *const paths[] = {"first", "second", "third"};
+    const int flags[] = {0, MNT_DETACH, 0};
+    size_t done = 9;
+    for (size_t i = 0; i < 2; i++) {
+        SYS(mkdir(paths[i], 0755));
+        mount_tmpfs(paths[i]);
+    }
+    FAILS(tuck_umount_each(paths, flags, 3, &done), ENOENT);
+    TRUE(done == 2);
+    mount_tmpfs("first");
+    mount_tmpfs("second");
+    int user = SYS(open("second", O_RDONLY | O_CLOEXEC));
+    const int plain[] = {0, 0};
+    FAILS(tuck_umount_each(paths, plain, 2, &done), EBUSY);
+    TRUE(done == 1);
+    OK(tuck_umount_each(paths + 1, flags + 1, 1, &done));
+    TRUE(done == 1);
+    close(user);
+}
+
 static void replacements(const char *folder) {
     int own = SYS(open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC));
     char point[4096];
@@ -895,6 +916,7 @@ int main(int count, char **arguments) {
     trees();
     the_swap();
     what_is_mounted();
+    unmounts_in_turn();
     replacements(arguments[1]);
     namespaces();
     loop_failures();

@@ -981,7 +981,7 @@ def test_whatever_fails_meanwhile_the_picture_is_true_and_nothing_is_lost(
         def swap(fault: Fault | None) -> Outcome:
             image = scene.image("b" if scene.which() == b"a" else "a")
             return with_fault(
-                lambda: tuckctl.swap(scene.target, [image], receivers=receivers, busy=busy, timeout=5.0),  # type: ignore[arg-type]
+                lambda: tuckctl.swap(scene.target, [image], receivers=receivers, busy=busy, timeout=5.0),  # type: ignore[call-overload]
                 fault,
             )
 

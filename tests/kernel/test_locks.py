@@ -323,7 +323,7 @@ def test_too_few_descriptors_are_a_clear_error_and_leave_everything_as_it_was(di
         for limit in range(3, 200):
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             shown = ground.top_id()
-            error = attempt(lambda: tuckctl.swap(ground.target, images, busy=busy))  # type: ignore[arg-type]
+            error = attempt(lambda: tuckctl.swap(ground.target, images, busy=busy))  # type: ignore[call-overload]
             resource.setrlimit(resource.RLIMIT_NOFILE, before["limits"])
             if error is None:
                 assert ground.which() == b"b"

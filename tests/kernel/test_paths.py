@@ -56,7 +56,7 @@ def deep(below: bytes, total: int) -> bytes:
 
 def check(ground: Ground, target: bytes, images: list[bytes], shown: bytes, **options: object) -> None:
     """Swap these images onto a target; ask every question; and see the paths in every answer."""
-    result = tuckctl.swap(target, images, **options)  # type: ignore[arg-type]
+    result = tuckctl.swap(target, images, **options)  # type: ignore[call-overload]
     assert result.outcome == "swapped"
     assert read(target + b"/which") == shown
     live = result.targets[0]

@@ -687,9 +687,9 @@ def test_options_that_do_not_exist_are_refused_as_usage(disk: bytes) -> None:
             assert ground.refusal(**options)[:2] == (code, 2), options
         assert ground.refusal([])[:2] == ("no-image", 2)
         requests: list[tuple[Any, Any, str]] = [
-            ({}, None, "several-targets"),
+            ({}, None, "no-target"),
             ({"/a": ["x"], "/b": ["y"]}, None, "several-targets"),
-            ({"/a": ["x"]}, ["y"], "several-targets"),
+            ({"/a": ["x"]}, ["y"], "no-target"),
             (ground.target, None, "no-image"),
             (ground.target, "x.img", "no-image"),
             (ground.target, b"x.img", "no-image"),

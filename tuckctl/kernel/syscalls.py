@@ -445,6 +445,15 @@ def replace_mounts(wanted: Sequence[Replacement]) -> list[tuple[bool, int]]:
     return [(bool(one.placed), -one.error) for one in each]
 
 
+def umount_each(wanted: Sequence[tuple[bytes, Umount]]) -> tuple[int, int]:
+    """Unmount each of these, one right after the other; return how many are off, and the errno of what failed."""
+    paths = [ffi.new("char[]", _text(path, "umount2")) for path, _ in wanted]
+    done = ffi.new("size_t *")
+    flags = [int(flags | Umount.NOFOLLOW) for _, flags in wanted]
+    error = lib.tuck_umount_each(ffi.new("char *[]", paths), ffi.new("int[]", flags), len(wanted), done)
+    return int(done[0]), -error
+
+
 def loop_get_free(control: Descriptor) -> int:
     """Return the number of an unused loop device; another process may take it first (LOOP_CTL_GET_FREE)."""
     return _check(lib.tuck_loop_get_free(_number(control)), "ioctl(LOOP_CTL_GET_FREE)", control)
