@@ -231,7 +231,7 @@ def is_fallible(name: str) -> bool:
     return name not in _INFALLIBLE.split()
 
 
-def walk(work: Callable[[], int], order: Order, *, seconds: float = 20.0) -> Walked:
+def walk(work: Callable[[], int], order: Order, *, seconds: float = 120.0) -> Walked:
     """Run work in a child, which ends with the exit code that it returns; have the order done on it."""
     prepare()
     with _streams() as streams:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import stat
@@ -13,15 +12,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from queue import SimpleQueue
-from threading import Thread
 from typing import TYPE_CHECKING
 
-from tuckctl.errors import KernelError, TuckError
+from tuckctl.errors import TuckError
 from tuckctl.images.drafts import Draft, is_leftover, open_own_directory, open_own_subdirectory
 from tuckctl.images.formats import Flaw
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import StatMount
 from tuckctl.kernel.syscalls import mount_id, statmount
+from tuckctl.kernel.threads import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -91,17 +90,17 @@ def read_at(file: Fd, buffer: bytearray | memoryview, offset: int) -> int:
 class _Hashing:
     """SHA-256 on a thread of its own, beside the reading and writing: hashlib lets go of the GIL."""
 
-    __slots__ = ("_digest", "_free", "_full", "_thread")
+    __slots__ = ("_digest", "_free", "_full", "_worker")
 
     def __init__(self) -> None:
         import hashlib  # noqa: PLC0415 - it loads OpenSSL, and most swaps know their digests
 
         self._digest = hashlib.sha256()
-        self._free: SimpleQueue[bytearray] = SimpleQueue()
+        self._free: SimpleQueue[object] = SimpleQueue()
         self._full: SimpleQueue[tuple[bytearray, int] | None] = SimpleQueue()
         for _ in range(_BUFFERS):
             self._free.put(bytearray(BLOCK))
-        self._thread = Thread(target=self._run, name="tuckctl-digest", daemon=True)
+        self._worker = Worker(self._run, self._free.put)
 
     def _run(self) -> None:
         while (filled := self._full.get()) is not None:
@@ -111,7 +110,9 @@ class _Hashing:
 
     def buffer(self) -> bytearray:
         """Return a buffer to read into; wait until one is free."""
-        return self._free.get()
+        while not isinstance(free := self._free.get(), bytearray):
+            self._worker.result()  # raises what ended it too early
+        return free
 
     def update(self, buffer: bytearray, count: int) -> None:
         """Hand a buffer back, to be hashed as far as it is filled."""
@@ -120,21 +121,17 @@ class _Hashing:
     def hexdigest(self) -> str:
         """Return the digest of everything that was handed over."""
         self._full.put(None)
-        self._thread.join()
+        self._worker.result()
         return self._digest.hexdigest()
 
     def __enter__(self) -> Self:
-        try:
-            self._thread.start()
-        except RuntimeError as error:
-            raise KernelError("clone", "a thread of this process", errno.EAGAIN) from error
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self._full.put(None)
-        self._thread.join()
+        self._worker.wait()
 
 
 def read_through(

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
-from typing import TYPE_CHECKING, TypeVar
+from _thread import start_new_thread
+from functools import partial
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Generic, TypeVar
+from weakref import ref
 
 from tuckctl.errors import KernelError
 from tuckctl.kernel.fd import Fd
@@ -25,27 +28,62 @@ if TYPE_CHECKING:
 _T = TypeVar("_T")
 
 
+class Worker(Generic[_T]):
+    """Work on a thread of its own, from now on.
+
+    `threading.Thread` waits for ever for a thread that died before its first step, as one does for which there is no
+    memory. Here the kernel's thread holds the last reference to what it runs: that it is dropped is its end, whatever
+    the cause, and no Python code has to run there to tell so.
+    """
+
+    def __init__(self, work: Callable[[], _T], tell: Callable[[object], object] | None = None) -> None:
+        """Start. At its end `tell` is called with something of no meaning: a built-in method, such as a queue's `put`.
+
+        Raises KernelError.
+        """
+        self._results: list[_T] = []
+        self._failures: list[BaseException] = []
+        self._ended: SimpleQueue[object] = SimpleQueue()
+
+        def run() -> None:
+            try:
+                self._results.append(work())
+            except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread
+                self._failures.append(error)
+
+        thread = partial(run)
+        self._watches = [ref(thread, each) for each in (self._ended.put, tell) if each is not None]
+        try:
+            start_new_thread(thread, ())
+        except RuntimeError as error:
+            raise _lacking(errno.EAGAIN) from error
+
+    def wait(self) -> None:
+        """Wait for its end."""
+        self._ended.put(self._ended.get())
+
+    def result(self) -> _T:
+        """Wait for its end; return what the work returned, or raise what it raised. Raises KernelError."""
+        self.wait()
+        if self._failures:
+            raise self._failures[0]
+        if not self._results:
+            raise _lacking(errno.ENOMEM)
+        return self._results[0]
+
+
+def _lacking(error: int) -> KernelError:
+    return KernelError("clone", "a thread of this process", error)
+
+
 def on_thread(work: Callable[[], _T]) -> _T:
     """Run work on a thread of its own with filesystem attributes of its own; raise what it raises."""
-    results: list[_T] = []
-    failures: list[BaseException] = []
 
-    def run() -> None:
-        try:
-            unshare(Clone.FS)
-            results.append(work())
-        except BaseException as error:  # noqa: BLE001 - carried over to the caller's thread
-            failures.append(error)
+    def apart() -> _T:
+        unshare(Clone.FS)
+        return work()
 
-    thread = threading.Thread(target=run, name="tuckctl-namespace")
-    try:
-        thread.start()
-    except RuntimeError as error:
-        raise KernelError("clone", "a thread of this process", errno.EAGAIN) from error
-    thread.join()
-    if failures:
-        raise failures[0]
-    return results[0]
+    return Worker(apart).result()
 
 
 def in_namespace(namespace: Descriptor, work: Callable[[], _T]) -> _T:
