@@ -44,6 +44,7 @@ _ALL = (
     | StatMount.MNT_NS_ID
     | StatMount.SB_SOURCE
 )
+_LOOKS = 100
 
 
 @frozen
@@ -129,6 +130,17 @@ class Target:
 
 
 def _stack(parent: Fd, name: bytes) -> tuple[Mount, tuple[Mount, ...]]:
+    """Look at what lies at a place; again where something of it went in between, as in another's transaction."""
+    for looks_left in reversed(range(_LOOKS)):
+        try:
+            return _look_at_stack(parent, name)
+        except KernelError as error:
+            if error.call != "statmount" or error.errno != errno.ENOENT or not looks_left:
+                raise
+    raise AssertionError
+
+
+def _look_at_stack(parent: Fd, name: bytes) -> tuple[Mount, tuple[Mount, ...]]:
     around = mount_id(parent)
     mounts = []
     here = mount_id(parent, name)

@@ -10,6 +10,8 @@ import resource
 import signal
 import threading
 import time
+import traceback
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,10 +21,12 @@ import pytest
 
 import tuckctl
 from tests.kernel.ground import Ground, attempt, on_ground
-from tests.kernel.lab import mount_lines, needs_root
+from tests.kernel.lab import mount_lines, mount_tmpfs, needs_root
 from tests.kernel.scenes import Holder, failure, read, settle, stack_at
+from tuckctl.kernel.syscalls import umount2
 from tuckctl.kernel.threads import in_copy
 from tuckctl.places import Places
+from tuckctl.target import open_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -30,8 +34,11 @@ if TYPE_CHECKING:
 pytestmark = needs_root
 
 
-def in_process(work: Callable[[], object]) -> int:
-    """Start a child that does this work; return its pid. It exits with the exit code that the work ended with."""
+def in_process(work: Callable[[], object], said: bytes = b"") -> int:
+    """Start a child that does this work; return its pid. It exits with the exit code that the work ended with.
+
+    What went wrong in it is written to the file `said`.
+    """
     pid = os.fork()
     if pid == 0:
         status = 99
@@ -40,7 +47,10 @@ def in_process(work: Callable[[], object]) -> int:
             status = 0
         except tuckctl.TuckError as error:
             status = error.exit_code
+            raise
         finally:
+            if said:
+                Path(os.fsdecode(said)).write_text(traceback.format_exc(), "utf-8")
             os._exit(status)
     return pid
 
@@ -187,8 +197,13 @@ def test_forty_processes_over_three_targets_leave_each_on_one_generation_and_one
                 ground.swap(name, target=target, base=base, timeout=60.0, keep=100)
 
             ground.folder(f"base{number % 3}")
-            pids.append(in_process(act))
-        assert [ended(pid) for pid in pids] == [0] * 40
+            pids.append(in_process(act, ground.disk + b"/said-%d" % number))
+        codes = [ended(pid) for pid in pids]
+        assert codes == [0] * 40, "\n".join(
+            f"{number}: exit {code}: {read(ground.disk + b'/said-%d' % number).decode()}"
+            for number, code in enumerate(codes)
+            if code != 0
+        )
         for target in targets:
             assert len(mount_lines(target)) == 1
             shown = tuckctl.status(target).targets[0]
@@ -203,6 +218,25 @@ def test_forty_processes_over_three_targets_leave_each_on_one_generation_and_one
             assert [each.current for each in history].count(True) == 1
             times = [each.transaction for each in history]
             assert len(set(times)) == len(times)
+
+    on_ground(disk, work)
+
+
+def test_a_target_is_looked_at_while_what_lies_there_comes_and_goes(disk: bytes) -> None:
+    def work(ground: Ground) -> None:
+        def mount_and_unmount() -> None:
+            while True:
+                mount_tmpfs(ground.target)
+                umount2(ground.target)
+
+        pid = in_process(mount_and_unmount)
+        try:
+            with open_target(ground.target) as target:
+                depths = Counter(len(target.refreshed().stack) for _ in range(5_000))
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        assert set(depths) == {0, 1}
 
     on_ground(disk, work)
 
