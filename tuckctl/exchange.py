@@ -209,7 +209,9 @@ class Exchange:
             )
         new = seen[-len(wanted)]
         devices = [new.device] + ([self.old.device] if self.old else [])
-        sight = self._sight = observe(devices, self._earlier, covered=[self.old.device] if self.old else ())
+        shown = [new, self.old] if self.old else [new]
+        covered = [self.old.device] if self.old else ()
+        sight = self._sight = observe(devices, self._earlier, covered=covered, shown=shown)
         fresh = Sight(
             tuple(m for m in sight.matches if m.mount_id >= self.new_id or m.device != new.device), sight.unseen
         )
@@ -289,7 +291,8 @@ class Exchange:
         self.refuse_not_revealed()
         new = look(self.new_id)
         devices = [new.device, *([self.old.device] if self.old else []), *(content.device for content in self.left)]
-        sight = observe(devices, 0 if self.left else self._earlier, known=self._sight)
+        shown: list[Mount | Content] = [new, *([self.old] if self.old else []), *self.left]
+        sight = observe(devices, 0 if self.left else self._earlier, known=self._sight, shown=shown)
         receivers = tuple(match for match in copies_of(sight, new) if match.mount_id >= self.new_id)
         # A directory, or a part of it, may follow itself: what is new has the same superblock then.
         mine = {match.mount_id for match in receivers}
@@ -660,7 +663,8 @@ def take_off(
     ids = (*(match.mount_id for match in before), *(mount.id for mount in below))
 
     def verify() -> Look:
-        sight = observe([old.device, *(content.device for content in left)], 0 if left else earlier)
+        sought: list[Mount | Content] = [old, *left]
+        sight = observe([each.device for each in sought], 0 if left else earlier, shown=sought)
         stale = copies_of(sight, old)
         return (), stale + left_behind(sight, left, target.path, but=stale), sight.unseen
 

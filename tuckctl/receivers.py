@@ -68,16 +68,18 @@ def observe(
     *,
     covered: Sequence[tuple[int, int]] = (),
     known: Sight | None = None,
+    shown: Iterable[Mount | Content] = (),
 ) -> Sight:
     """Find the mounts of these superblocks in every namespace, those without a process too.
 
     Ids of mounts only grow. Where no mount that is sought can have one up to `after`, the others of a namespace
     need no look, however many they are. What lies on the mounts of the superblocks `covered` is told, if it is
-    newer as well. `known` is what an earlier walk saw: what does not change, is not asked again.
+    newer as well. `known` is what an earlier walk saw: what does not change, is not asked again. `shown` is what is
+    sought where that is a part of a superblock: of a mount out of sight that shows none of it, nothing is to be told.
     """
     wanted = tuple(dict.fromkeys((*covered, *devices)))
     with own_namespace() as here:
-        outside = _outside(here, wanted, after)
+        outside = _outside(here, wanted, after, shown)
         try:
             found = find_everywhere(
                 here, wanted, after, covered=len(covered), known=known.found if known is not None else None
@@ -92,7 +94,7 @@ def observe(
     return Sight(tuple(matches), unseen + hidden + int(outside))
 
 
-def _outside(here: Fd, wanted: Sequence[tuple[int, int]], after: int) -> bool:
+def _outside(here: Fd, wanted: Sequence[tuple[int, int]], after: int, shown: Iterable[Mount | Content]) -> bool:
     """Whether this namespace has such mounts outside of the caller's chroot.
 
     The kernel lists the caller's own namespace only below the caller's root (grab_requested_root, fs/namespace.c).
@@ -104,9 +106,22 @@ def _outside(here: Fd, wanted: Sequence[tuple[int, int]], after: int) -> bool:
     except (KernelError, OSError):
         return False  # without the right to enter a namespace one works in one's own alone
     spaces = [Namespace(own, 0, 0, 0)]
-    whole = in_namespace(here, lambda: find_mounts(spaces, wanted, after)[0])
     seen = {match.mount_id for match in find_mounts(spaces, wanted, after)[0]}
-    return any(match.mount_id not in seen and not is_gone(match.mount_id, own) for match in whole)
+    roots: dict[tuple[int, int], list[bytes]] = {}
+    for each in shown:
+        roots.setdefault(each.device, []).append(each.root.rstrip(b"/") + b"/")
+
+    def is_sought(match: Match) -> bool:
+        try:
+            found = look(match.mount_id).root + b"/"
+        except KernelError:
+            return not is_gone(match.mount_id, own)
+        return any(found.startswith(root) for root in roots.get(match.device, (b"/",)))
+
+    def look_outside() -> bool:
+        return any(is_sought(match) for match in find_mounts(spaces, wanted, after)[0] if match.mount_id not in seen)
+
+    return in_namespace(here, look_outside)
 
 
 def _root() -> tuple[int, int]:

@@ -207,7 +207,8 @@ class _Recovery:
                 mount_setattr(new, propagation=Propagation.SHARED)
 
             def verify() -> Look:
-                sight = observe([shown.device, old.device, *(content.device for content in left)])
+                sought: list[Mount | Content] = [shown, old, *left]
+                sight = observe([each.device for each in sought], shown=sought)
                 present = tuple(m for m in copies_of(sight, shown) if m.mount_id >= shown.id)
                 # What old's device number is by now, is not known.
                 earlier = left_behind(sight, [*known, *left], target.path, but=present)
@@ -281,7 +282,8 @@ def finish_detach(
             convergence.recall(entry.aside, entry.brought)
 
         def verify() -> Look:
-            sight = observe([content.device for content in (*known, *left)])
+            sought: list[Mount | Content] = [*known, *left]
+            sight = observe([each.device for each in sought], shown=sought)
             return (), left_behind(sight, [*known, *left], target.path), sight.unseen
 
         shown = target.top_id()

@@ -32,7 +32,7 @@ from tuckctl.target import Content, Target, open_target
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Sequence
 
-    from tuckctl.kernel.syscalls import Match
+    from tuckctl.kernel.syscalls import Match, Mount
 
 
 def _problem(error: TuckError) -> Problem:
@@ -147,7 +147,8 @@ def _matches(
     mounts = [mount for mount in target.stack if mount.id in ours]
     if not mounts and not left:
         return (), (), 0
-    sight = observe([*(mount.device for mount in mounts), *(content.device for content in left)])
+    sought: list[Mount | Content] = [*mounts, *left]
+    sight = observe([each.device for each in sought], shown=sought)
     shown = copies_of(sight, mounts[-1]) if mounts else ()
     return shown, left_behind(sight, left, target.path, but=shown), sight.unseen
 

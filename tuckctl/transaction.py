@@ -56,7 +56,8 @@ if TYPE_CHECKING:
     from tuckctl.journal import Entry
     from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.flags import MountAttr
-    from tuckctl.kernel.syscalls import Match
+    from tuckctl.kernel.syscalls import Match, Mount
+    from tuckctl.target import Content
 
 
 _DESCRIPTORS = 32
@@ -579,7 +580,8 @@ def _told_unchanged(course: Course, scene: Scene, request: Request, *, deadline:
     left = holding.read_replaced(places.of(target)).left
 
     def verify() -> tuple[tuple[Match, ...], tuple[Match, ...], int]:
-        sight = observe(([old.device] if old is not None else []) + [content.device for content in left])
+        sought: list[Mount | Content] = [*([old] if old is not None else []), *left]
+        sight = observe([each.device for each in sought], shown=sought)
         present = copies_of(sight, old) if old is not None else ()
         return present, left_behind(sight, left, target, but=present), sight.unseen
 
