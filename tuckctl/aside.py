@@ -18,6 +18,7 @@ from tuckctl.bystanders import cover
 from tuckctl.errors import KernelError, UndoneError
 from tuckctl.kernel.flags import Clone, Propagation
 from tuckctl.kernel.syscalls import (
+    attach,
     mount_setattr,
     move_mount,
     move_mount_set_group,
@@ -219,7 +220,7 @@ class Asides:
         with contextlib.ExitStack() as stack:
             clone = stack.enter_context(open_tree_attr(new.whole, propagation=Propagation.SLAVE))
             for place, submount in submounts:
-                move_mount(stack.enter_context(open_tree(submount, clone=True, recursive=True)), clone, place)
+                attach(stack.enter_context(open_tree(submount, clone=True, recursive=True)), clone, place)
             setns(space, Clone.NEWNS)
             mount = look(aside.mount_id)
             parent = look(mount.parent_id)

@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING
 from tuckctl.errors import KernelError, RefusedError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import Propagation, Resolve
-from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount, move_mount_set_group, open_tree, openat2, show
+from tuckctl.kernel.syscalls import (
+    attach,
+    mount_id,
+    mount_setattr,
+    move_mount_set_group,
+    open_tree,
+    openat2,
+    quoted,
+    show,
+)
 from tuckctl.spaces import is_folder, walk
 from tuckctl.target import look, submounts
 
@@ -92,14 +101,14 @@ class Carriage:
             raise RefusedError(
                 "submount-has-no-place",
                 f"{where} is mounted in the target, and the new content has no such path",
-                f"unmount {where}, or add the path to the image",
+                f"umount {quoted(item.mount.point)}, or add the path to the image",
             ) from error
         if there != is_folder(item.clone):
             raise RefusedError(
                 "submount-has-no-place",
                 f"{where} is mounted in the target, and in the new content that path is "
                 + ("a directory" if there else "not a directory"),
-                f"unmount {where}, or change the image",
+                f"umount {quoted(item.mount.point)}, or change the image",
             )
 
     @property
@@ -123,7 +132,7 @@ class Carriage:
     def attach_shared(self, new: Fd, *, parent_shared: bool) -> None:
         """Attach to the tucked new, in every namespace that has it, the submounts that are shared."""
         for place, clone in self.shared(parent_shared=parent_shared):
-            move_mount(clone, new, place)
+            attach(clone, new, place)
 
     def attach(self, new: Fd, *, parent_shared: bool, on_top: bool) -> None:
         """Attach to the detached new what may come with it; refuse what has no place there.
@@ -140,12 +149,12 @@ class Carriage:
                 continue
             onto = self._onto(item, new)
             if item.parent is None or item.onto_alone:
-                move_mount(item.clone, onto, item.place)
+                attach(item.clone, onto, item.place)
             elif on_top:
                 _attach_alone(item, onto)
             else:
                 mount_setattr(onto, propagation=Propagation.PRIVATE)
-                move_mount(item.clone, onto, item.place)
+                attach(item.clone, onto, item.place)
 
     def attach_alone(self, new: Fd, *, parent_shared: bool) -> None:
         """Attach to the tucked new, here only, the submounts that are not shared."""
@@ -154,7 +163,7 @@ class Carriage:
                 continue
             onto = self._onto(item, new)
             if not look(mount_id(onto)).peer_group:
-                move_mount(item.clone, onto, item.place)
+                attach(item.clone, onto, item.place)
             else:
                 _attach_alone(item, onto)
 
@@ -164,7 +173,7 @@ def _attach_alone(item: Carried, onto: Fd) -> None:
     with open_tree(onto, clone=True) as member:
         mount_setattr(onto, propagation=Propagation.PRIVATE)
         try:
-            move_mount(item.clone, onto, item.place)
+            attach(item.clone, onto, item.place)
         finally:
             move_mount_set_group(member, onto)
 

@@ -26,12 +26,14 @@ from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import Clone, MountAttr, Propagation, Resolve, Umount
 from tuckctl.kernel.syscalls import (
     Replacement,
+    attach,
     mount_id,
     mount_setattr,
     move_mount,
     open_tree,
     open_tree_attr,
     openat2,
+    quoted,
     replace_mounts,
     setns,
     show,
@@ -315,7 +317,7 @@ class Convergence:
                 "undo-failed",
                 f"{show(self._path)}: the content before is seen, but the new one cannot be taken out from beneath it"
                 f" without harm to another namespace: {error}",
-                f"tuckctl status {show(self._path)}",
+                f"tuckctl status {quoted(self._path)}",
             ) from error
 
     def _withdraw_placed(self) -> None:
@@ -847,7 +849,7 @@ class Convergence:
         below = [child for child in children(stray.mount.id) if child.parent_id == stray.mount.id]
         for name in {relative(m.point, stray.mount.point) for m in below if m.id not in stray.ids} - {b""}:
             with contextlib.suppress(KernelError), open_tree(seen, name, clone=True, recursive=True) as tree:
-                move_mount(tree, stray.clone, name)
+                attach(tree, stray.clone, name)
 
     def _withdraw(self, stray: _Stray, space: Fd) -> None:
         """Take the clone out from beneath the receiver's mount, unseen as it came."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tuckctl import stop
 from tuckctl.errors import FailedError, KernelError, PartialError, TuckError, UnsupportedError
 from tuckctl.kernel.fd import standard_streams
-from tuckctl.kernel.syscalls import show
+from tuckctl.kernel.syscalls import quoted, show
 from tuckctl.log import log
 from tuckctl.results import Problem, TargetResult, TransactionResult
 
@@ -58,7 +58,7 @@ class Course:
     @property
     def hint(self) -> str:
         """What to run for a look at what became of it."""
-        return f"tuckctl status {show(self.targets[0])}" if len(self.targets) == 1 else "tuckctl status"
+        return f"tuckctl status {quoted(self.targets[0])}" if len(self.targets) == 1 else "tuckctl status"
 
     def enter(self, phase: str) -> None:
         """End the phase before and begin this one."""

@@ -13,7 +13,6 @@ import errno
 import gc
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from tuckctl import commands, errors, stop
+from tuckctl.ancestry import find_weakness
 from tuckctl.errors import FailedError, KernelError, TuckError, UnsupportedError, UsageError
 from tuckctl.frozen import frozen
 from tuckctl.images import Store, mount_image, open_image
@@ -227,6 +227,16 @@ def _own_namespace() -> bool:
     return users == "root"
 
 
+def _find(program: str) -> str | None:
+    """Find a program where nobody else could put another one by that name: no relative directory of PATH is one."""
+    for folder in (*os.get_exec_path(), "/usr/sbin", "/sbin"):
+        path = os.path.join(folder, program)
+        with contextlib.suppress(OSError, ValueError):
+            if folder.startswith("/") and os.access(path, os.X_OK) and find_weakness(os.fsencode(path)) is None:
+                return path
+    return None
+
+
 def _place(tool: str | None) -> bytes:
     """Return a directory to cover with the scratch mount: nothing that the demo still loads or runs lies in it."""
     needed = [os.path.realpath(path) for path in (*sys.path, sys.executable, tool or "")]
@@ -244,7 +254,7 @@ class _Stage:
 
     def __init__(self) -> None:
         """Make namespaces, the scratch mount, base and images."""
-        self._tool = shutil.which("mkfs.erofs", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+        self._tool = _find("mkfs.erofs")
         self.scratch = _place(self._tool)
         self._real_root = _own_namespace()
         with new_mount("tmpfs", [("mode", b"0755")]) as mount:

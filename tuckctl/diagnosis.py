@@ -20,7 +20,7 @@ from tuckctl.generations import Records, boot_id
 from tuckctl.holding import read_replaced
 from tuckctl.kernel.flags import AT_FDCWD, Propagation, Resolve, Umount
 from tuckctl.kernel.probe import NEEDED, probe
-from tuckctl.kernel.syscalls import mount_id, openat2, show, umount2
+from tuckctl.kernel.syscalls import mount_id, openat2, quoted, show, umount2
 from tuckctl.kernel.threads import in_private_copy
 from tuckctl.pinned import Pins
 from tuckctl.places import Places
@@ -203,7 +203,9 @@ class _Visit:
                 "parent-slave",
                 "note",
                 f"{where}, on which the content is mounted, is a slave: a change here does not go to where it is from",
-                None if parent.peer_group else f"mount --make-shared {where} has copies of this namespace follow",
+                None
+                if parent.peer_group
+                else f"mount --make-shared {quoted(parent.point)} has copies of this namespace follow",
             )
         elif not parent.peer_group:
             self._add(
@@ -211,7 +213,7 @@ class _Visit:
                 "note",
                 f"{where}, on which the content is mounted, is private: no other namespace receives what is mounted"
                 " here, and each that has a copy has to be entered",
-                f"mount --make-shared {where} has namespaces that are made from then on follow",
+                f"mount --make-shared {quoted(parent.point)} has namespaces that are made from then on follow",
             )
         if live.old is not None and base is not None and not base.peer_group:
             self._add(
@@ -246,7 +248,7 @@ class _Visit:
                     "submount-cannot-be-copied",
                     "blocker",
                     f"{where} ({mount.fstype}), mounted in the target, is unbindable",
-                    f"mount --make-private {where}, or unmount it",
+                    f"mount --make-private {quoted(mount.point)}, or unmount it",
                 )
         places = sorted(show(mount.point) for mount in found if mount.parent_id not in own)
         if places:

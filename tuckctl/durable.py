@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuckctl.errors import FailedError, RefusedError
-from tuckctl.kernel.syscalls import show
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.syscalls import quoted, show
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -66,8 +68,65 @@ def check_directory(path: bytes) -> None:
         raise RefusedError(
             "state-unsafe",
             f"{show(path)} must be a directory of the calling user that no one else can write to",
-            f"chown and chmod 0700 {show(path)}",
+            f"chown root {quoted(path)} and chmod 0700 {quoted(path)}",
         )
+
+
+_MOST = 1 << 26
+
+
+def read_file(path: bytes) -> bytes:
+    """Read one of the tool's own files: a plain one, of at most 64 MiB, and no symlink.
+
+    What else lies there makes nobody wait, and does nothing. Raises OSError, ValueError for what is no such file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with Fd(fd) as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            msg = "it is no plain file"
+            raise ValueError(msg)
+        with open(os.dup(file.fileno()), "rb") as stream:
+            content = stream.read(_MOST + 1)
+    if len(content) > _MOST:
+        msg = f"it is larger than {_MOST >> 20} MiB"
+        raise ValueError(msg)
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        msg = "a name is there twice"
+        raise ValueError(msg)
+    return found
+
+
+def _no_number(text: str) -> Any:
+    msg = f"{text} is no number"
+    raise ValueError(msg)
+
+
+def parse_json(text: bytes) -> Any:
+    """Read JSON as it is written here: each name once, and no NaN or Infinity.
+
+    Raises ValueError for anything else, however deep or long it is.
+    """
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_no_number)
+    except RecursionError as error:
+        msg = "it is nested too deeply"
+        raise ValueError(msg) from error
+
+
+def unsigned(value: Any, bits: int = 64) -> int:
+    """Return a number as the kernel takes it. Raises TypeError, ValueError for anything else."""
+    if type(value) is not int:
+        msg = f"a number is of type {type(value).__name__}"
+        raise TypeError(msg)
+    if not 0 <= value < 1 << bits:
+        msg = f"a number is not of {bits} bits"
+        raise ValueError(msg)
+    return value
 
 
 class Draft:

@@ -21,6 +21,7 @@ from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Propagation, Resolve, Umount
 from tuckctl.kernel.syscalls import (
     Match,
+    attach,
     fspick,
     listmount,
     mount_id,
@@ -29,6 +30,7 @@ from tuckctl.kernel.syscalls import (
     move_mount_set_group,
     open_tree,
     openat2,
+    quoted,
     show,
     umount2,
 )
@@ -189,7 +191,7 @@ class Exchange:
             mount_setattr(root, propagation=Propagation.PRIVATE)
             try:
                 move_mount(self.new, self.target.parent, self.target.name)
-                move_mount(others, member, place)
+                attach(others, member, place)
                 move_mount_set_group(others, self.new)
             finally:
                 move_mount_set_group(member, root)
@@ -280,7 +282,7 @@ class Exchange:
             raise IncompleteError(
                 "not-revealed",
                 f"{show(self.target.path)} shows another mount than the new one",
-                f"tuckctl status {show(self.target.path)}",
+                f"tuckctl status {quoted(self.target.path)}",
             )
 
     def verify_revealed(self) -> tuple[tuple[Match, ...], tuple[Match, ...], int]:
@@ -323,7 +325,7 @@ class Exchange:
             raise IncompleteError(
                 "undo-failed",
                 f"{show(self.target.path)}: the new content could not be taken out again: {error}",
-                f"tuckctl status {show(self.target.path)}",
+                f"tuckctl status {quoted(self.target.path)}",
             ) from error
 
     def _back_out(self) -> bool:
@@ -349,7 +351,7 @@ class Exchange:
         raise IncompleteError(
             "undo-failed",
             f"{show(self.target.path)}: the content before is seen, but the new one could not be taken out",
-            f"tuckctl status {show(self.target.path)}",
+            f"tuckctl status {quoted(self.target.path)}",
         )
 
     def _untuck(self) -> None:
@@ -654,7 +656,7 @@ def take_off(
         raise RefusedError(
             "submount-has-no-place",
             f"{show(only_here[0])} is mounted on the overlay and would be gone with it",
-            f"unmount {show(only_here[0])} first",
+            f"umount {quoted(only_here[0])} first",
         )
     enter("verify")
     earlier = max(first - 1, 0)

@@ -12,7 +12,7 @@ import re
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from tuckctl.durable import Draft, prepare_directory, state_error
+from tuckctl.durable import Draft, parse_json, prepare_directory, read_file, state_error
 from tuckctl.errors import RefusedError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.syscalls import show
@@ -197,17 +197,14 @@ class Records:
     def _read(self, name: str) -> dict[str, Any] | None:
         path = os.path.join(self.directory, name.encode())
         try:
-            # A record is a plain file; a FIFO in its place must not make anyone wait.
-            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(fd, "rb") as file:
-                found = json.loads(file.read())
+            found = parse_json(read_file(path))
         except FileNotFoundError:
             return None
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise self._damaged(name, error) from error
             raise state_error(path, error) from error
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise self._damaged(name, error) from error
         if not isinstance(found, dict):
             raise self._damaged(name, TypeError(type(found).__name__))

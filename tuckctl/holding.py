@@ -9,7 +9,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from tuckctl.durable import write_file
+from tuckctl.durable import parse_json, read_file, unsigned, write_file
 from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import Hold
@@ -185,23 +185,22 @@ class Replaced:
 def read_replaced(directory: bytes) -> Replaced:
     """Read what was replaced while in use since the boot; what cannot be read is nothing."""
     try:
-        with open(os.path.join(directory, _FILE.encode()), "rb") as file:
-            found = json.loads(file.read())
+        found = parse_json(read_file(os.path.join(directory, _FILE.encode())))
         return Replaced(
-            tuple(int(identity) for identity in found["mount_ids"]),
-            tuple((int(major), int(minor)) for major, minor in found["devices"]),
+            tuple(unsigned(identity) for identity in found["mount_ids"]),
+            tuple((unsigned(major, 32), unsigned(minor, 32)) for major, minor in found["devices"]),
             tuple(
-                Content((int(major), int(minor)), os.fsencode(root), os.fsencode(source))
+                Content((unsigned(major, 32), unsigned(minor, 32)), os.fsencode(root), os.fsencode(source))
                 for major, minor, root, source in found["left"]
             ),
             tuple(
-                (int(identity), Seat(os.fsencode(point), os.fsencode(part)))
+                (unsigned(identity), Seat(os.fsencode(point), os.fsencode(part)))
                 for identity, point, part in found.get("places", ())
             ),
-            tuple(int(identity) for identity in found["excluded"]),
-            tuple(int(identity) for identity in found.get("slaves", ())),
+            tuple(unsigned(identity) for identity in found["excluded"]),
+            tuple(unsigned(identity) for identity in found.get("slaves", ())),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Replaced()
 
 

@@ -15,7 +15,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tuckctl.durable import state_error
+from tuckctl.durable import parse_json, read_file, state_error, unsigned
 from tuckctl.frozen import frozen
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import MountAttr, Propagation
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 _FILE = b"journal"
 _FORMAT = 1
-_MOST = 1 << 26
 STEPS = ("tuck", "aside", "arrived", "place", "reveal", "undo", "back", "done")
 """The steps that a transaction tells of before it takes them, in their order."""
 
@@ -43,7 +42,7 @@ def _sealed(line: dict[str, Any]) -> bytes:
 
 def _opened(line: bytes) -> dict[str, Any]:
     """Return what a line says. Raises ValueError where it is not as it was written."""
-    found = json.loads(line)
+    found = parse_json(line)
     if not isinstance(found, dict) or not isinstance(found.get("line"), dict):
         msg = "it is no line of a journal"
         raise ValueError(msg)  # noqa: TRY004 - what is wrong is the text
@@ -246,10 +245,8 @@ class Journal:
         A line that is damaged, or half written, is not believed, nor any after it.
         """
         try:
-            fd = os.open(self._path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            with open(fd, "rb") as file:
-                lines = file.read(_MOST).split(b"\n")
-        except OSError:
+            lines = read_file(self._path).split(b"\n")
+        except (OSError, ValueError):
             return None
         found: list[dict[str, Any]] = []
         damage = None
@@ -258,12 +255,12 @@ class Journal:
                 break
             try:
                 found.append(_opened(line))
-            except (ValueError, RecursionError, KeyError) as error:
+            except (ValueError, RecursionError) as error:
                 damage = f"{show(self._path)}, line {number}: {error}"
                 break
         try:
             return _entry(found, damage) if found else None
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             return None
 
 
@@ -281,10 +278,10 @@ def interrupted(run: bytes) -> list[bytes]:
 
 def _mounted(found: Any) -> Mounted:
     return Mounted(
-        int(found["id"]),
-        int(found["namespace_id"]),
-        int(found["peer_group"]),
-        int(found["master"]),
+        unsigned(found["id"]),
+        unsigned(found["namespace_id"]),
+        unsigned(found["peer_group"]),
+        unsigned(found["master"]),
         unbindable=bool(found["unbindable"]),
     )
 
@@ -293,7 +290,7 @@ def _content(found: Any) -> Content | None:
     if not found["id"]:
         return None
     major, minor = found["device"]
-    return Content((int(major), int(minor)), os.fsencode(found["root"]), os.fsencode(found["source"]))
+    return Content((unsigned(major, 32), unsigned(minor, 32)), os.fsencode(found["root"]), os.fsencode(found["source"]))
 
 
 def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
@@ -321,13 +318,13 @@ def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
         str(first["transaction"]),
         str(first["command"]),
         str(first["boot_id"]),
-        int(first["namespace"]),
-        int(first["generation"]),
-        None if first["previous"] is None else int(first["previous"]),
+        unsigned(first["namespace"]),
+        unsigned(first["generation"]),
+        None if first["previous"] is None else unsigned(first["previous"]),
         _mounted(first["old"]),
         _content(first["old"]),
-        int(first["old"]["attributes"]),
-        int(first["new"]),
+        unsigned(first["old"]["attributes"]),
+        unsigned(first["new"]),
         tuple(str(line["step"]) for line in rest if "step" in line),
         tuple(changed.values()),
         tuple(aside.values()),

@@ -16,7 +16,7 @@ from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
 from tuckctl.holding import find as find_users
 from tuckctl.kernel.flags import LSMT_ROOT
-from tuckctl.kernel.syscalls import listmount, namespace_id
+from tuckctl.kernel.syscalls import listmount, namespace_id, quoted
 from tuckctl.kernel.threads import own_namespace
 from tuckctl.processes import by_namespace, command_of, owner_of, remedy
 from tuckctl.receivers import namespaces
@@ -237,9 +237,9 @@ class Pins:
         for table in (self.own, *self.others):
             for mount in table.mounts.values():
                 if mount.fstype == "nsfs" and mount.root == root:
-                    return f"umount {os.fsdecode(mount.point)}"
+                    return f"umount {quoted(mount.point)}"
         for pid, number in _open_namespaces(root):
-            return f"kill {pid} ({command_of(pid)}), which keeps the namespace open by its descriptor {number}"
+            return f"kill {pid}: it keeps the namespace open by its descriptor {number}"
         return None
 
 

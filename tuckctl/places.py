@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 
-from tuckctl.ancestry import find_weakness
+from tuckctl.ancestry import find_weakness, find_weakness_of
 from tuckctl.durable import prepare_directory, state_error
 from tuckctl.errors import RefusedError, UsageError
 from tuckctl.frozen import frozen
@@ -14,24 +14,35 @@ from tuckctl.kernel.syscalls import show
 
 
 def _refuse_unsafe(place: bytes) -> None:
-    """Refuse a directory that others could move away and replace."""
+    """Refuse a directory, by a path through whatever symlinks, that others could replace, or could write to."""
     try:
         weakness = find_weakness(place)
+        if weakness is None and os.path.lexists(place):
+            weakness = find_weakness_of(place)
     except OSError as error:
         raise state_error(place, error) from error
     if weakness is not None:
         raise RefusedError("state-unsafe", f"{show(place)}: {weakness.what}", weakness.hint)
 
 
+def _is_lent() -> bool:
+    """Whether this runs with rights that its caller has not: then the caller's environment counts for nothing.
+
+    As secure_getenv(3) has it.
+    """
+    return os.getuid() != os.geteuid() or os.getgid() != os.getegid()
+
+
 def _named(variable: bytes, otherwise: bytes) -> bytes:
     """Read a directory's name from the environment; an empty one is none, as in the shell's ${NAME:-otherwise}."""
-    path = os.environb.get(variable) or otherwise
+    path = (b"" if _is_lent() else os.environb.get(variable)) or otherwise
     if not path.startswith(b"/"):
         raise UsageError(
             "state-relative",
             f"{variable.decode()} is {show(path)}, a relative path: each working directory would be another state",
             f"give an absolute path, or unset {variable.decode()}",
         )
+    _refuse_unsafe(path)
     return os.path.realpath(path)
 
 
@@ -44,14 +55,17 @@ class Places:
 
     @classmethod
     def from_environment(cls) -> Places:
-        """Read TUCKCTL_STATE_DIR and TUCKCTL_RUN_DIR. Raises UsageError for a relative path."""
+        """Read TUCKCTL_STATE_DIR and TUCKCTL_RUN_DIR.
+
+        Raises UsageError for a relative path, RefusedError for one on which others could put something else.
+        """
         return cls(
             _named(b"TUCKCTL_STATE_DIR", b"/var/lib/tuckctl"),
             _named(b"TUCKCTL_RUN_DIR", b"/run/tuckctl"),
         )
 
     def refuse_for(self, target: bytes) -> None:
-        """Refuse places that lie in the target, or that others could move away."""
+        """Refuse places that lie in the target."""
         for place in (self.state, self.run):
             if place == target or place.startswith(target + b"/"):
                 raise RefusedError(
@@ -59,7 +73,6 @@ class Places:
                     f"{show(place)} lies in the target {show(target)} and would vanish under the new content",
                     "set TUCKCTL_STATE_DIR and TUCKCTL_RUN_DIR to directories outside of it",
                 )
-            _refuse_unsafe(place)
 
     def prepare(self, target: bytes) -> None:
         """Make the directories, each 0700. Raises RefusedError where they cannot be used or lie in the target."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from tuckctl.errors import IncompleteError, RefusedError, UsageError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import ATIME_OPTIONS, OPTIONS, MountAttr
-from tuckctl.kernel.syscalls import show
+from tuckctl.kernel.syscalls import quoted, show
 from tuckctl.overlay import MOST_LAYERS, generation_of, is_ours
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def classify(target: Target, ours: dict[int, int | None], *, adopt: bool) -> Liv
         raise IncompleteError(
             "interrupted",
             f"{show(target.path)}: {len(ours)} overlays of tuckctl lie on one another: a transaction was interrupted",
-            f"tuckctl recover {show(target.path)}",
+            f"tuckctl recover {quoted(target.path)}",
         )
     if top is not None and top.id in ours:
         return Live(top, ours[top.id], adopted=False)
@@ -122,7 +122,7 @@ def refuse_bound_onto_itself(target: Target, base: Mount | None) -> None:
             "bound-onto-itself",
             f"{where} is bound onto itself, under a mount that propagates to it: what is mounted there would"
             " be mounted beneath it too",
-            f"mount --make-private {where}",
+            f"mount --make-private {quoted(target.path)}",
         )
 
 

@@ -8,11 +8,10 @@ import functools
 import itertools
 import os
 import re
-import shlex
 from typing import TYPE_CHECKING
 
 from tuckctl.frozen import frozen
-from tuckctl.kernel.syscalls import show
+from tuckctl.kernel.syscalls import quoted, show
 from tuckctl.results import Caller
 
 if TYPE_CHECKING:
@@ -42,6 +41,7 @@ _RESTART = {
 }
 _SPLIT = re.compile(r"/([^/]+\.service)/libpod-payload-")
 """Podman with --cgroups=split, as in units of podman-systemd.unit(5)."""
+_USER_MANAGER = re.compile(r"user@([0-9]{1,10})\.service")
 _ENOUGH = 1 << 16
 # From linux/proc_ns.h: the inodes of the first user namespace, and of the first process namespace.
 FIRST_USERS, FIRST_PROCESSES = 0xEFFFFFFD, 0xEFFFFFFC
@@ -60,6 +60,8 @@ class Owner:
     engine: str | None
     namespace: str | None = None
     by_unit: bool = False
+    user: int | None = None
+    """Whose service manager the unit belongs to, where that is not the system's."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -88,7 +90,16 @@ def owner_in(cgroups: str) -> Owner:
             if engine == "podman" and split and split.end() > match.start():
                 return Owner(split[1], container, engine, by_unit=True)
             return Owner(units[-1] if units else None, container, engine)
-    return Owner(units[-1] if units else None, None, None)
+    return Owner(units[-1] if units else None, None, None, user=_manager_of(units))
+
+
+def _manager_of(units: Sequence[str]) -> int | None:
+    """Return the user whose service manager started the innermost unit (user@.service).
+
+    What is below that one, he may name as he likes: after a unit of the system, too.
+    """
+    found = next((match for unit in units[:-1] if (match := _USER_MANAGER.fullmatch(unit))), None)
+    return int(found[1]) if found is not None else None
 
 
 _NOBODY = 2**32 - 1
@@ -214,15 +225,26 @@ def command_of(pid: int) -> str:
         return ""
 
 
+def _word(name: str) -> str:
+    return quoted(name.encode("utf-8", "backslashreplace"))
+
+
+def _operand(name: str) -> str:
+    """Quote a name that others may have chosen: it is no option either."""
+    return f"-- {_word(name)}" if name.startswith("-") else _word(name)
+
+
 def remedy(pid: int, owner: Owner) -> str:
     """Return the command that makes a process let go of what it holds."""
     if owner.engine is not None and owner.container is not None and not owner.by_unit:
         words = _RESTART[owner.engine]
         if owner.namespace is not None:
-            words = words.replace(" ", f" --namespace {shlex.quote(owner.namespace)} ", 1)
-        return f"{words} {shlex.quote(owner.container)}"
+            words = words.replace(" ", f" --namespace {_word(owner.namespace)} ", 1)
+        name = _word if words.endswith("--name") else _operand
+        return f"{words} {name(owner.container)}"
     if owner.unit is not None and owner.unit.endswith(".service"):
-        return f"systemctl restart {shlex.quote(owner.unit)}"
+        whose = f" --user --machine={owner.user}@" if owner.user is not None else ""
+        return f"systemctl{whose} restart {_operand(owner.unit)}"
     return f"kill {pid}"
 
 

@@ -21,7 +21,7 @@ from tuckctl.generations import Current
 from tuckctl.holding import read_replaced
 from tuckctl.journal import Entry, Journal, Mounted
 from tuckctl.kernel.flags import Clone, Propagation
-from tuckctl.kernel.syscalls import Mount, mount_setattr, move_mount_set_group, open_tree, setns, show
+from tuckctl.kernel.syscalls import Mount, mount_setattr, move_mount_set_group, open_tree, quoted, setns, show
 from tuckctl.kernel.threads import on_thread
 from tuckctl.plan import live_mounts
 from tuckctl.prune import drop_images
@@ -345,7 +345,7 @@ def _recover(recovery: _Recovery, wishes: Wishes, *, undo: bool) -> Recovered:
                         "recover-failed",
                         f"{show(scene.target.path)}: the content before is seen, but the new one cannot be taken out"
                         f" from beneath it: {error.message}",
-                        f"umount {show(scene.target.path)} finishes the swap",
+                        f"umount {quoted(scene.target.path)} finishes the swap",
                     ) from error
                 finish = True
         if not finish:

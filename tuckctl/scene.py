@@ -16,7 +16,7 @@ from tuckctl.generations import Current, Records, boot_id
 from tuckctl.journal import Journal
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Resolve
-from tuckctl.kernel.syscalls import Mount, mount_id, open_tree, openat2, show
+from tuckctl.kernel.syscalls import Mount, mount_id, open_tree, openat2, quoted, show
 from tuckctl.locks import locked, release, take
 from tuckctl.overlay import generation_of, is_ours
 from tuckctl.plan import Live, classify, live_mounts, refuse_capabilities, refuse_nested
@@ -182,7 +182,7 @@ def _refuse_interrupted(entry: Entry | None, target: Target, boot: str, namespac
     raise IncompleteError(
         "interrupted",
         f"{show(target.path)}: a transaction was interrupted ({entry.command}, to generation {entry.generation})",
-        f"tuckctl recover {show(target.path)}",
+        f"tuckctl recover {quoted(target.path)}",
     )
 
 

@@ -22,6 +22,7 @@ from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Resolve, Umount
 from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import (
+    attach,
     find_mounts,
     list_namespaces,
     listmount,
@@ -260,7 +261,7 @@ class Switchboard:
             slot = self._slot(copy)
             try:
                 for name, submount in submounts:
-                    move_mount(submount, copy, name)
+                    attach(submount, copy, name)
                 return open_tree(copy, clone=True, recursive=True)
             finally:
                 hang_up(copy, slot)
@@ -479,7 +480,7 @@ class Line:
             take_away = partial(unmount_here, bearer, self._path)
             try:
                 for name, submount in submounts:
-                    move_mount(submount, tree, name)
+                    attach(submount, tree, name)
                 member = open_tree(tree, clone=True)
                 mount_setattr(bearer, propagation=Propagation.PRIVATE, recursive=True)
             except BaseException:

@@ -157,7 +157,7 @@ def _refuse_missing(path: bytes, error: OSError) -> RefusedError:
 
 
 def resolve(path: bytes) -> bytes:
-    """Return the target's real path: symlinks are resolved here, once. Raises RefusedError."""
+    """Return the target's real path: symlinks are resolved here, once. Raises RefusedError, for an unsafe one too."""
     if not path or b"\0" in path:
         raise RefusedError("target-missing", "the target's name is empty or holds a NUL", "name a directory")
     if not path.startswith(b"/"):
@@ -180,23 +180,23 @@ def resolve(path: bytes) -> bytes:
         raise RefusedError("target-is-root", "the root directory cannot be a target", "name a directory in it")
     if not stat.S_ISDIR(mode):
         raise RefusedError("target-not-a-directory", f"{show(path)} is not a directory", "name a directory")
+    _refuse_unsafe(path)
     return real
 
 
-def _refuse_unsafe(real: bytes) -> None:
-    """Refuse a path on which others could put something else in the target's place."""
+def _refuse_unsafe(path: bytes) -> None:
+    """Refuse a path, through whatever symlinks, on which others could put something else in the target's place."""
     try:
-        weakness = find_weakness(real)
+        weakness = find_weakness(path)
     except OSError as error:
-        raise _refuse_missing(real, error) from error
+        raise _refuse_missing(path, error) from error
     if weakness is not None:
-        raise RefusedError("unsafe-path", f"{show(real)}: {weakness.what}", weakness.hint)
+        raise RefusedError("unsafe-path", f"{show(path)}: {weakness.what}", weakness.hint)
 
 
 def open_target(path: bytes) -> Target:
     """Open a target and look at its mounts. Raises RefusedError where it can never be a target."""
     real = resolve(path)
-    _refuse_unsafe(real)
     parent_path, name = os.path.split(real)
     try:
         parent = openat2(AT_FDCWD, parent_path, os.O_PATH | os.O_DIRECTORY, Resolve.NO_SYMLINKS)

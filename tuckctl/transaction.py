@@ -30,7 +30,7 @@ from tuckctl.images import Image, Store
 from tuckctl.journal import Journal, interrupted, whole
 from tuckctl.kernel.fd import reserve
 from tuckctl.kernel.flags import Propagation, option_names
-from tuckctl.kernel.syscalls import mount_setattr, open_tree, show
+from tuckctl.kernel.syscalls import mount_setattr, open_tree, quoted, show
 from tuckctl.kernel.threads import in_namespace
 from tuckctl.locks import locked
 from tuckctl.outcome import as_it_is, conclude, present, remember, remember_left, stale, tell_of_failed
@@ -120,9 +120,9 @@ def swap(asked: Asked, *, namespace: bytes | None = None) -> TransactionResult:
 
 
 def _swap(asked: Asked) -> TransactionResult:
-    places = Places.from_environment()
     paths = [path for path, _ in asked]
     with begin("swap", *paths) as course, contextlib.ExitStack() as afterwards, contextlib.ExitStack() as stack:
+        places = Places.from_environment()
         for _, request in asked:
             check_request(request)
         common = asked[0][1]
@@ -227,8 +227,8 @@ def rollback(path: bytes, request: Request, *, namespace: bytes | None = None) -
 
 
 def _rollback(path: bytes, request: Request) -> TransactionResult:
-    places = Places.from_environment()
     with begin("rollback", path) as course, contextlib.ExitStack() as stack:
+        places = Places.from_environment()
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=False))
@@ -262,7 +262,7 @@ def remake(
             raise RefusedError(
                 "adopted-overlay-gone",
                 f"generation {generation.number} was an overlay that tuckctl did not make: it is mounted no more",
-                f"tuckctl history {show(target)} shows what else there is",
+                f"tuckctl history {quoted(target)} shows what else there is",
             )
         return stack.enter_context(new)
     store = Store(places.state)
@@ -306,8 +306,8 @@ def recover(
 
 
 def _recover(path: bytes, request: Request, *, undo: bool) -> TransactionResult:
-    places = Places.from_environment()
     with begin("recover", path) as course, contextlib.ExitStack() as stack:
+        places = Places.from_environment()
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=False, recovering=True))
@@ -325,7 +325,8 @@ def _recover(path: bytes, request: Request, *, undo: bool) -> TransactionResult:
 
 def _recover_all(_: bytes, request: Request, *, undo: bool) -> TransactionResult:
     """Put every target in order that has a journal; one that cannot be does not stop the others."""
-    places = Places.from_environment()
+    with begin("recover", b"/"):
+        places = Places.from_environment()
     done: list[TransactionResult] = []
     failure: TuckError | None = None
     for path in interrupted(places.run):
@@ -452,8 +453,8 @@ def detach(path: bytes, request: Request, *, namespace: bytes | None = None) -> 
 
 
 def _detach(path: bytes, request: Request) -> TransactionResult:
-    places = Places.from_environment()
     with begin("detach", path) as course, contextlib.ExitStack() as stack:
+        places = Places.from_environment()
         check_request(request)
         deadline = time.monotonic() + request.timeout
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=request.adopt))
@@ -628,7 +629,9 @@ def _generation_to(scene: Scene, number: int | None) -> Generation:
         wanted = _before(scene)
     where = show(scene.target.path)
     if wanted is None:
-        raise RefusedError("no-generation", f"{where} has no generation to go back to", f"tuckctl history {where}")
+        raise RefusedError(
+            "no-generation", f"{where} has no generation to go back to", f"tuckctl history {quoted(scene.target.path)}"
+        )
     return recorded(scene, wanted)
 
 
@@ -637,7 +640,11 @@ def recorded(scene: Scene, number: int) -> Generation:
     where = show(scene.target.path)
     generation = scene.records.get(number)
     if generation is None:
-        raise RefusedError("no-generation", f"{where} has no generation {number} on record", f"tuckctl history {where}")
+        raise RefusedError(
+            "no-generation",
+            f"{where} has no generation {number} on record",
+            f"tuckctl history {quoted(scene.target.path)}",
+        )
     return generation
 
 
@@ -654,7 +661,7 @@ def _adopt(scene: Scene, course: Course) -> tuple[Generation | None, Scene]:
             "adopted-writable",
             f"{show(scene.target.path)} was writable: what was written to it lies in its upper layer, and is not in"
             " the content that follows",
-            f"tuckctl rollback {show(scene.target.path)}, until the next swap or boot, brings it back",
+            f"tuckctl rollback {quoted(scene.target.path)}, until the next swap or boot, brings it back",
         )
     adopted = Generation(
         number,
@@ -869,7 +876,7 @@ def _swap_back(course: Course, scene: Scene, mount: Fd, journal: Journal, places
         raise IncompleteError(
             "undo-failed",
             f"{show(target.path)}: the new content is seen, and the one before could not be brought back: {error}",
-            f"tuckctl recover {show(target.path)}",
+            f"tuckctl recover {quoted(target.path)}",
         ) from error
 
 

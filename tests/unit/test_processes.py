@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import subprocess
 
 import pytest
@@ -82,7 +81,8 @@ KUBE = "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1a2b.slic
 def test_unit_and_container_are_read_as_each_engine_writes_them(
     cgroups: str, unit: str | None, container: str | None, engine: str | None
 ) -> None:
-    assert owner_in(cgroups + "\n") == Owner(unit, container, engine)
+    owner = owner_in(cgroups + "\n")
+    assert (owner.unit, owner.container, owner.engine) == (unit, container, engine)
 
 
 def test_a_container_that_is_part_of_a_unit_is_restarted_by_the_unit() -> None:
@@ -125,6 +125,10 @@ def test_a_container_without_a_cgroup_is_known_by_who_waits_for_it(words: str, o
         (Owner("session-3.scope", None, None), "kill 7"),
         (Owner("nginx.service", None, None), "systemctl restart nginx.service"),
         (Owner("a b;c.service", None, None), "systemctl restart 'a b;c.service'"),
+        (Owner("foot.service", None, None, user=1000), "systemctl --user --machine=1000@ restart foot.service"),
+        (Owner("-Hevil@example.org.service", None, None), "systemctl restart -- -Hevil@example.org.service"),
+        (Owner("a\x1b]0;b.service", None, None), "systemctl restart $'a\\033\\1350\\073b.service'"),
+        (Owner(None, "--all", "machinectl"), "machinectl reboot -- --all"),
         (Owner(f"libpod-{ID}.scope", ID, "podman"), f"podman restart {ID}"),
         (Owner(f"docker-{ID}.scope", ID, "docker"), f"docker restart {ID}"),
         (Owner("ssh.service", "deb-12", "machinectl"), "machinectl reboot deb-12"),
@@ -153,10 +157,17 @@ def test_the_innermost_unit_is_the_one(slices: list[str], name: str) -> None:
     assert owner_in(f"0::{path}\n").unit == f"{name}.service"
 
 
-@given(NAMES)
-def test_a_units_name_is_quoted_for_the_shell(name: str) -> None:
-    words = shlex.split(remedy(1, Owner(f"{name}.service", None, None)))
-    assert words == ["systemctl", "restart", f"{name}.service"]
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("/user.slice/user-1000.slice/user@1000.service/app.slice/sshd.service", 1000),
+        ("/user.slice/user-1000.slice/user@1000.service/app.slice/user@0.service/sshd.service", 1000),
+        ("/user.slice/user-1000.slice/user@1000.service", None),
+        ("/system.slice/sshd.service", None),
+    ],
+)
+def test_who_runs_a_service_manager_cannot_have_a_unit_of_the_system_restarted(path: str, wanted: int | None) -> None:
+    assert owner_in(f"0::{path}\n").user == wanted
 
 
 def test_the_oldest_process_is_found_whatever_the_pids() -> None:

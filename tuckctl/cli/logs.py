@@ -6,7 +6,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from tuckctl.cli.streams import complain, has_colour
+from tuckctl.cli.streams import complain, has_colour, printable
 from tuckctl.errors import UsageError
 from tuckctl.log import LEVELS, NOTHING, log
 
@@ -21,6 +21,18 @@ class _Stderr:
 
     def flush(self) -> None:
         pass
+
+
+def _escape(_logger: object, _level: str, event: dict[str, Any]) -> dict[str, Any]:
+    """Escape what a terminal could take for more than text; a traceback keeps its lines."""
+    return {
+        name: "\n".join(map(printable, value.split("\n")))
+        if name == "exception"
+        else printable(value)
+        if isinstance(value, str)
+        else value
+        for name, value in event.items()
+    }
 
 
 def configure(form: str, level: str) -> bool:
@@ -42,8 +54,11 @@ def configure(form: str, level: str) -> bool:
     if form == "json":
         renderer = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        plain = structlog.dev.plain_traceback
-        renderer = [structlog.dev.ConsoleRenderer(colors=has_colour(sys.stderr), exception_formatter=plain)]
+        renderer = [
+            structlog.processors.format_exc_info,
+            _escape,
+            structlog.dev.ConsoleRenderer(colors=has_colour(sys.stderr)),
+        ]
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from tuckctl.cli.streams import printable
-from tuckctl.kernel.syscalls import show
+from tuckctl.kernel.syscalls import quoted, show
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,7 +49,7 @@ def transaction(document: TransactionResult, style: Style) -> str:
     for target in document.targets:
         if document.outcome in _DONE:
             text += style.paint(_summary(document.outcome, target), "yellow" if document.error else "green") + "\n"
-        everything = f"tuckctl holders {_quoted(target.target)} --json"
+        everything = f"tuckctl holders {quoted(target.target)} --json"
         if target.holders:
             what = "is what was replaced" if document.outcome in _DONE else "by"
             text += f"still used {what}:\n" + _holders(target.holders, style, everything)
@@ -81,10 +80,6 @@ def _summary(outcome: str, target: TargetResult) -> str:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _quoted(path: bytes) -> str:
-    return shlex.quote(show(path))
 
 
 def _text(value: object) -> str:
@@ -174,7 +169,7 @@ def _status(target: TargetStatus, style: Style) -> str:
         states = Counter(receiver.state for receiver in target.receivers)
         others = "".join(f", {states[state]} {state}" for state in ("stale", "excluded") if states[state])
         text += f"{_count(len(target.receivers), 'receiver')} in {_count(namespaces, 'namespace')}{others}:\n"
-        text += _receivers(target.receivers, style, f"tuckctl status --json {_quoted(target.target)}")
+        text += _receivers(target.receivers, style, f"tuckctl status --json {quoted(target.target)}")
     if target.unseen:
         text += f"{_count(target.unseen, 'namespace')} could not be looked into\n"
     return text
@@ -230,7 +225,7 @@ def history(document: History, style: Style) -> str:
         for each in document.generations
     ]
     head = ("", "GENERATION", "CREATED", "OUTCOME", "OPTIONS", "IMAGES")
-    everything = f"tuckctl history --json {_quoted(document.target)}"
+    everything = f"tuckctl history --json {quoted(document.target)}"
     return f"{style.paint(show(document.target), 'bold')}:\n{style.table(head, rows, everything)}"
 
 
@@ -265,7 +260,7 @@ def holders(document: Holders, style: Style) -> str:
     """List who still uses what was replaced, or keeps something mounted."""
     if not document.holders:
         return f"{show(document.target)}: no holders\n"
-    return _holders(document.holders, style, f"tuckctl holders --json {_quoted(document.target)}")
+    return _holders(document.holders, style, f"tuckctl holders --json {quoted(document.target)}")
 
 
 _SEVERITIES = {"blocker": "red", "hazard": "yellow", "note": "bold"}

@@ -54,7 +54,7 @@ def _read(arguments: Sequence[str]) -> Job | int:
 
     try:
         read: Job | int | None = typer.main.get_command(app).main(
-            list(arguments), prog_name="tuckctl", standalone_mode=False
+            list(arguments), prog_name="tuckctl", complete_var="", standalone_mode=False
         )
     except _MISTAKE as error:
         message = streams.printable(error.format_message().rstrip("."))  # type: ignore[attr-defined]

@@ -198,7 +198,7 @@ class DigestCache:
                 return None
             if (directory := self._open(create=False)) is not None:
                 with directory:
-                    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+                    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
                     number = os.open(_name(found, place), flags, dir_fd=directory.fileno())
                 with Fd(number):
                     entry = os.read(number, _LONGEST_ENTRY)
@@ -243,7 +243,9 @@ class DigestCache:
                     found.append(path)
                 elif _NAME.fullmatch(name):
                     with Fd(
-                        os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory.fileno())
+                        os.open(
+                            name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=directory.fileno()
+                        )
                     ) as file:
                         match = _ENTRY.fullmatch(os.read(file.fileno(), _LONGEST_ENTRY))
                     if match is None or not match[5].startswith(here):

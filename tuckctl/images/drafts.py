@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tuckctl.errors import KernelError, RefusedError
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import Resolve
-from tuckctl.kernel.syscalls import openat2, show
+from tuckctl.kernel.syscalls import openat2, quoted, show
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -73,7 +73,7 @@ def open_own_subdirectory(parent: Fd, name: bytes, *, create: bool, shown: bytes
         "state-unsafe",
         f"{show(shown)}: it belongs to uid {found.st_uid} with mode {stat.S_IMODE(found.st_mode):04o}, and must belong "
         f"to uid {os.geteuid()} with no one else allowed to write",
-        f"chown and chmod it, or name another directory in TUCKCTL_STATE_DIR: chmod 0700 {show(shown)}",
+        f"chown and chmod it, or name another directory in TUCKCTL_STATE_DIR: chmod 0700 {quoted(shown)}",
     )
 
 

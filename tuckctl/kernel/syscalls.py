@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shlex
+import string
 import struct
 from typing import TYPE_CHECKING, Protocol
 
@@ -28,6 +30,7 @@ from tuckctl.kernel.flags import (
     MoveMount,
     OpenTree,
     Propagation,
+    Resolve,
     StatMount,
     Umount,
 )
@@ -40,6 +43,7 @@ _EOVERFLOW = 75
 _ENAMETOOLONG = 36
 _EINVAL = 22
 _STRINGS = 512
+_PLAIN = frozenset(string.ascii_letters + string.digits + "_@%+=:,./-")
 # A thousand mounts have few different flags, and an enum's member takes longer to find than a mount.
 _attributes = functools.lru_cache(maxsize=256)(MountAttr)
 _propagation = functools.lru_cache(maxsize=256)(Propagation)
@@ -65,6 +69,19 @@ def show(path: bytes) -> str:
     """Return a path as text that is safe to print: what is not printable UTF-8 becomes an escape."""
     text = path.decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def quoted(name: bytes) -> str:
+    """Return a name as one word of a shell command, safe to print and to paste into whatever shell.
+
+    What is not printable UTF-8 is written in octal in dollar-single-quotes (POSIX.1-2024, 2.2.4). No quote and no
+    letter of the name can end the word, also where a shell does not know that form.
+    """
+    text = show(name)
+    if text == name.decode("utf-8", "replace"):
+        return shlex.quote(text)
+    parts = (chr(byte) if chr(byte) in _PLAIN else f"\\{byte:03o}" for byte in name)
+    return f"$'{''.join(parts)}'"
 
 
 def _subject(directory: Descriptor, path: bytes) -> str:
@@ -194,6 +211,16 @@ def move_mount(source: Descriptor, directory: Descriptor, path: bytes = b"", *, 
     flags = MoveMount.F_EMPTY_PATH | (MoveMount.BENEATH if beneath else 0) | (0 if path else MoveMount.T_EMPTY_PATH)
     value = lib.tuck_move_mount(_number(source), b"", _number(directory), _text(path, "move_mount"), flags)
     _check(value, "move_mount", directory, path)
+
+
+def attach(source: Descriptor, onto: Descriptor, place: bytes) -> None:
+    """Attach a mount at a place in the content of another one, and nowhere else.
+
+    No symlink leads there: whoever can write to what lies below could put one on the way at any moment, and
+    move_mount(2) would follow it. Raises KernelError, ELOOP where there is one.
+    """
+    with openat2(onto, place, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as spot:
+        move_mount(source, spot)
 
 
 def move_mount_set_group(source: Descriptor, target: Descriptor) -> None:
