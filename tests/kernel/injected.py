@@ -12,6 +12,7 @@ import pickle
 import select
 import socket
 import struct
+import threading
 from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,7 +21,7 @@ from tuckctl.errors import TuckError
 from tuckctl.kernel.flags import MoveMount
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Iterator
 
     from tuckctl.results import TransactionResult
 
@@ -65,10 +66,10 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.POINTER(_Instruction)))
 
 
-def _listen() -> int:
-    """Have the kernel ask about these calls of this process and of its threads to come."""
+def _listen(calls: Iterable[int] = NUMBERS.values()) -> int:
+    """Have the kernel ask about these calls of this thread, and of its children and threads to come."""
     load, jump_if_equal, give, allow, ask = 0x20, 0x15, 0x06, 0x7FFF0000, 0x7FC00000
-    numbers = list(NUMBERS.values())
+    numbers = list(calls)
     lines = [(load, 0, 0, 0)]
     lines += [(jump_if_equal, len(numbers) - place, 0, number) for place, number in enumerate(numbers)]
     lines += [(give, 0, 0, allow), (give, 0, 0, ask)]
@@ -148,3 +149,49 @@ def _serve(listener: int, reading: int, fault: Fault | None) -> tuple[bytes, Cou
             is_tucked = is_tucked or (name == "move_mount" and bool(flags & MoveMount.BENEATH))
             answer = _RESPONSE.pack(identity, 0, failing, 0 if failing else _CONTINUE)
             fcntl.ioctl(listener, _SEND, answer)
+
+
+FLUSHES = {"fsync": 74, "fdatasync": 75, "sync": 162, "syncfs": 306}
+"""On x86_64."""
+LEFT_OUT: dict[str, Callable[[bytes], bool]] = {
+    "all": lambda _: True,
+    "directories": os.path.isdir,
+    "records": lambda path: path.endswith(b".json.new"),
+    "images": lambda path: b"/images/" in path,
+}
+"""Which flushes are left out, by the path of what is to be flushed."""
+
+
+@contextlib.contextmanager
+def without(which: str) -> Iterator[None]:
+    """Have this thread's flushes to disk of one kind (see LEFT_OUT) do nothing and succeed; it lasts until it ends."""
+    if not which:
+        yield
+        return
+    poll, (over, ending) = select.poll(), os.pipe2(os.O_CLOEXEC)
+    listener: list[int] = []
+    begun = threading.Event()
+
+    def serve() -> None:
+        begun.wait()
+        poll.register(listener[0], select.POLLIN)
+        poll.register(over, select.POLLIN)
+        while over not in (ready := dict(poll.poll())):
+            if ready.get(listener[0], 0) & select.POLLIN:
+                asked = bytearray(_NOTIFICATION)
+                fcntl.ioctl(listener[0], _RECEIVE, asked)
+                identity, thread = struct.unpack_from("=QI", asked)
+                (fd,) = struct.unpack_from("=Q", asked, 32)
+                path = os.readlink(b"/proc/%d/fd/%d" % (thread, fd))
+                answer = _RESPONSE.pack(identity, 0, 0, 0 if LEFT_OUT[which](path) else _CONTINUE)
+                fcntl.ioctl(listener[0], _SEND, answer)
+
+    server = threading.Thread(target=serve, daemon=True)
+    server.start()
+    listener.append(_listen(FLUSHES.values()))
+    begun.set()
+    try:
+        yield
+    finally:
+        os.write(ending, b".")
+        server.join()
