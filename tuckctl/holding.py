@@ -154,14 +154,28 @@ def _what_is_hidden() -> str | None:
         if first_users and os.stat("/proc/thread-self/ns/pid").st_ino != FIRST_PROCESSES:
             return "those of other process namespaces are not to be seen"
         with open("/proc/thread-self/status", "rb") as file:
-            capabilities = next(int(line[7:], 16) for line in file if line.startswith(b"CapEff:"))
+            capabilities = capabilities_in(file)
         if first_users and capabilities >> _CAP_SYS_PTRACE & 1:
             return None
         with open("/proc/thread-self/mountinfo", "rb") as file:
-            options = [line for line in file if line.split(b" ")[4] == b"/proc"]
-        if options and _HIDES.search(options[-1]):
-            return "/proc hides those of others (hidepid)"
+            if hides_others(file):
+                return "/proc hides those of others (hidepid)"
     return None
+
+
+def capabilities_in(status: Iterable[bytes]) -> int:
+    """Read the effective capabilities from the lines of /proc/PID/status; 0 where none of them tells."""
+    for line in status:
+        if line.startswith(b"CapEff:"):
+            with contextlib.suppress(ValueError):
+                return int(line[7:], 16)
+    return 0
+
+
+def hides_others(mountinfo: Iterable[bytes]) -> bool:
+    """Read from the lines of /proc/PID/mountinfo whether what is seen at /proc hides processes (proc(5), hidepid)."""
+    seen = [line for line in mountinfo if line.split(b" ")[4:5] == [b"/proc"]]
+    return bool(seen and _HIDES.search(seen[-1]))
 
 
 @frozen

@@ -157,13 +157,19 @@ class Owners:
         found = []
         with contextlib.suppress(OSError, ValueError, IndexError):
             while pid > 1 and pid not in self._above:
-                name, _, rest = _read(f"/proc/{pid}/stat").partition("(")[2].rpartition(")")
+                name, fields = stat_of(_read(f"/proc/{pid}/stat"))
                 found.append((pid, _waits_for(pid) if name in ("conmon", "containerd-shim") else None))
-                pid = int(rest.split(maxsplit=2)[1])
+                pid = int(fields[1])
         owner = self._above.get(pid)
         for below, its in reversed(found):
             self._above[below] = owner = owner or its
         return owner
+
+
+def stat_of(text: str) -> tuple[str, list[str]]:
+    """Return the name and the fields after it from the text of /proc/PID/stat: the name may hold anything (proc(5))."""
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    return name, rest.split()
 
 
 def _waits_for(pid: int) -> Owner | None:
@@ -212,7 +218,7 @@ def oldest(pids: Sequence[int]) -> int:
     started = {}
     for pid in pids:
         with contextlib.suppress(OSError, ValueError, IndexError):
-            started[pid] = int(_read(f"/proc/{pid}/stat").rpartition(")")[2].split()[19])
+            started[pid] = int(stat_of(_read(f"/proc/{pid}/stat"))[1][19])
     return min(started, key=lambda pid: (started[pid], pid), default=min(pids))
 
 

@@ -50,7 +50,7 @@ def unshared(*command: str | Path, user: int | None) -> subprocess.CompletedProc
         check=False,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         cwd="/",
         user=user,
         group=user,
@@ -68,7 +68,7 @@ def run(program: Path, *, user: int | None) -> None:
     done = unshared(program, work, user=user)
     if done.returncode == SKIPPED:
         pytest.skip(done.stderr.strip())
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     assert done.stderr == ""
 
 

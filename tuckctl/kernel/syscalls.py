@@ -14,7 +14,7 @@ import os
 import shlex
 import string
 import struct
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
@@ -290,8 +290,16 @@ def statmount(mount_id: int, mask: StatMount, namespace_id: int = 0) -> Mount:
     if value < 0:
         raise KernelError("statmount", f"mount {mount_id}", -value)
 
+    return decode_mount(buffer, size)
+
+
+def decode_mount(buffer: Any, size: int) -> Mount:
+    """Read what statmount wrote into a buffer of at least 512 bytes; what is not in there is nothing."""
+    found = ffi.cast("struct tuck_statmount *", buffer)
+    room = size - _STRINGS
+
     def string(offset: int) -> bytes:
-        text: bytes = ffi.string(buffer + _STRINGS + offset)
+        text: bytes = ffi.string(buffer + _STRINGS + offset, room - offset) if offset < room else b""
         return text
 
     has = found.mask
