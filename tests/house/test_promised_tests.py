@@ -12,8 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 NAMED = re.compile(r"`(tests/[a-z_/]+\.py)::([A-Za-z0-9_]+)`")
-ERRORS = re.compile(r"^\| `([a-z0-9-]+)` \|", re.MULTILINE)
-DOCUMENTS = ["docs/security.md"]
+ERRORS = re.compile(r"^\| `([a-z0-9-]+)` \|(?: ([0-9, ]+) \|)? .* \|$", re.MULTILINE)
+ROW = re.compile(r"^\| ([^|]*) \| ([^|]*) \| ([^|]*) \| ([^|]*)\| ([^|]*) \| (`tests/[^|]*) \|$", re.MULTILINE)
+WORDS = ("killed", "any")
+DOCUMENTS = ["docs/security.md", "docs/failures.md"]
 
 
 @cache
@@ -40,3 +42,18 @@ def test_each_attack_that_is_tried_is_on_the_list() -> None:
     tried = {name for name in functions_of("tests/kernel/test_attacks.py") if name.startswith("test_")}
     listed = {name for file, name in named_in("docs/security.md") if file == "tests/kernel/test_attacks.py"}
     assert tried == listed
+
+
+def test_each_failure_has_an_exit_code_and_codes_that_there_are_and_a_test() -> None:
+    text = (ROOT / "docs/failures.md").read_text("utf-8")
+    rows = ROW.findall(text)
+    assert len(rows) == sum(line.startswith("| ") and not line.startswith("| when") for line in text.splitlines())
+    codes = dict(ERRORS.findall((ROOT / "docs/errors.md").read_text("utf-8")))
+    for _, what, exits, told, _, tests in rows:
+        exit_codes = set(exits.split(", "))
+        assert exit_codes <= {*WORDS, *map(str, (*range(8), 69, 75, 129, 130, 143))}, what
+        for code in re.findall(r"`([^`]+)`", told):
+            assert code in codes, what
+            # With 0, it is a warning.
+            assert "0" in exit_codes or not codes[code] or exit_codes & set(codes[code].split(", ")), (what, code)
+        assert NAMED.findall(tests), what
