@@ -3,7 +3,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <sched.h>
+#include <string.h>
 #include <sys/mount.h>
 #include <unistd.h>
 
@@ -19,9 +21,13 @@ enum {
 };
 
 /* The walk asks no filesystem for what the kernel does not have in its memory: it cannot hang. */
-static int reach(const struct tuck_replacement *wanted) {
+static int walk(int directory, const char *path) {
+    return tuck_openat2(directory, path, O_PATH | O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS_ | RESOLVE_CACHED_);
+}
+
+static int reach(const struct tuck_replacement *wanted, int directory, const char *path) {
     uint64_t found;
-    int fd = tuck_openat2(AT_FDCWD, wanted->point, O_PATH | O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS_ | RESOLVE_CACHED_);
+    int fd = walk(directory, path);
     if (fd < 0)
         return fd;
     int error = tuck_mount_id(fd, "", EMPTY_PATH_, &found);
@@ -54,7 +60,7 @@ static int put_beneath(struct tuck_replacement *wanted) {
     int error = tuck_setns(wanted->space, CLONE_NEWNS);
     if (error < 0)
         return error;
-    int seen = reach(wanted);
+    int seen = reach(wanted, AT_FDCWD, wanted->point);
     if (seen < 0)
         return seen;
     error = refuse_others(wanted);
@@ -65,13 +71,31 @@ static int put_beneath(struct tuck_replacement *wanted) {
     return error;
 }
 
+/* No more than the last name is looked up again, in a directory that is open: nobody can put anything in the way. */
+static int unmount(const struct tuck_replacement *wanted) {
+    char folder[PATH_MAX];
+    const char *slash = strrchr(wanted->point, '/');
+    if (slash == NULL || slash[1] == '\0')
+        return -EINVAL; /* the root */
+    size_t length = (size_t)(slash - wanted->point) + 1;
+    if (length >= sizeof folder)
+        return -ENAMETOOLONG;
+    memcpy(folder, wanted->point, length);
+    folder[length] = '\0';
+    int around = walk(AT_FDCWD, folder);
+    if (around < 0)
+        return around;
+    int seen = reach(wanted, around, slash + 1);
+    int error = seen < 0 ? seen : fchdir(around) < 0 ? -errno : 0;
+    close(around);
+    if (seen >= 0)
+        close(seen);
+    return error < 0 ? error : tuck_umount2(slash + 1, UMOUNT_NOFOLLOW);
+}
+
 static int take_off(const struct tuck_replacement *wanted) {
     struct tuck_statmount mount;
-    int seen = reach(wanted);
-    if (seen < 0)
-        return seen;
-    close(seen);
-    int error = tuck_umount2(wanted->point, UMOUNT_NOFOLLOW);
+    int error = unmount(wanted);
     if (error < 0)
         return error;
     return tuck_statmount(wanted->mount_id, 0, MNT_BASIC, &mount, sizeof mount) == -ENOENT ? 0 : -ESTALE;

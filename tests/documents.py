@@ -50,6 +50,7 @@ RECEIVER = thing(
     submounts=array(TEXT),
     covered_by=maybe(TEXT),
     user_namespace=maybe(NUMBER),
+    remedy=maybe(TEXT),
 )
 HOLDER = thing(
     pid=NUMBER,

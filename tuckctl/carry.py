@@ -189,7 +189,7 @@ def _clone(target: Target, mount: Mount) -> Fd:
             "submount-is-autofs", mount, "is a trigger: a copy of it would never expire", "stop the automounter"
         )
     try:
-        with walk(target.parent, target.name + b"/" + relative, mount.id) as seen:
+        with walk(target.parent, target.name + b"/" + relative) as seen:
             if mount_id(seen) != mount.id:
                 raise _refuse(
                     "submount-covered", mount, "is covered by another mount", "unmount what covers it, or both"

@@ -42,7 +42,7 @@ from tuckctl.kernel.syscalls import (
 from tuckctl.kernel.threads import on_thread
 from tuckctl.receivers import place_of, reason_of
 from tuckctl.relations import New, Relations
-from tuckctl.spaces import in_spaces, insist, is_folder, is_gone, reach, relative
+from tuckctl.spaces import in_spaces, insist, is_folder, is_gone, reach, relative, unmount, walk
 from tuckctl.switchboard import BLANK, Switchboard, alone, unmount_here
 from tuckctl.target import children, look
 
@@ -435,6 +435,9 @@ class Convergence:
                 self._note([stray])
                 self._placed.append(stray)
                 self._put(stray, space, new)
+        for stray in self._placed:
+            if not stray.is_placed:
+                stray.clone.close()
         self._placed = [stray for stray in self._placed if stray.is_placed]
 
     def _bring_all(self, chunk: list[tuple[_Stray, Fd]], new: New, *, patient: bool) -> None:
@@ -800,9 +803,8 @@ class Convergence:
     def _unmount(self, stray: _Stray, space: Fd) -> None:
         """Take the receiver's mount off if nobody uses it."""
         if stray.member is None:
-            reach(stray.mount.point, stray.mount.id).close()  # an unmount takes whatever is on top
             try:
-                umount2(stray.mount.point)
+                unmount(stray.mount.point, stray.mount.id)
             except KernelError as error:
                 if not self._only_propagation_takes_off(stray, error):
                     raise
@@ -848,7 +850,7 @@ class Convergence:
         """Bring what was mounted on the receiver's mount since it was looked at, as far as it has a place."""
         below = [child for child in children(stray.mount.id) if child.parent_id == stray.mount.id]
         for name in {relative(m.point, stray.mount.point) for m in below if m.id not in stray.ids} - {b""}:
-            with contextlib.suppress(KernelError), open_tree(seen, name, clone=True, recursive=True) as tree:
+            with contextlib.suppress(KernelError), _cloned(seen, name) as tree:
                 attach(tree, stray.clone, name)
 
     def _withdraw(self, stray: _Stray, space: Fd) -> None:
@@ -928,7 +930,13 @@ def _submounts(stray: _Stray, seen: Fd) -> Iterator[tuple[bytes, Fd]]:
     if any(child.fstype == "autofs" for child in below):
         raise _NoPlaceError  # a copy of a trigger would never expire
     for name in dict.fromkeys(relative(child.point, mount.point) for child in below if child.parent_id == mount.id):
-        yield name, open_tree(seen, name, clone=True, recursive=True)
+        yield name, _cloned(seen, name)
+
+
+def _cloned(seen: Fd, name: bytes) -> Fd:
+    """Clone what is seen at a name in a receiver's mount, with what is mounted on it."""
+    with walk(seen, name) as root:
+        return open_tree(root, clone=True, recursive=True)
 
 
 def _refuse_without_place(clone: Fd, name: bytes, tree: Fd) -> None:

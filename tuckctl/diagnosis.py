@@ -26,7 +26,7 @@ from tuckctl.pinned import Pins
 from tuckctl.places import Places
 from tuckctl.plan import Live, classify, live_mounts, refuse_bound_onto_itself, refuse_capabilities, refuse_nested
 from tuckctl.processes import by_namespace, command_of, oldest, owner_of, remedy
-from tuckctl.receivers import UNLOCKED, copies_of, left_behind, observe, reason_of, unlocked
+from tuckctl.receivers import UNLOCKED, copies_of, left_behind, observe, reason_of, unlocked, unseen_remedy
 from tuckctl.reports import answering
 from tuckctl.results import Doctor, Feature, Finding
 from tuckctl.scene import effective_capabilities, is_recorded_content, mounts_around, refuse_copy
@@ -174,9 +174,7 @@ class _Visit:
         pins = Pins(target)
         if pins.unseen:
             count = "1 mount namespace" if pins.unseen == 1 else f"{pins.unseen} mount namespaces"
-            self._add(
-                "namespaces-unseen", "hazard", f"{count} could not be looked into", "run it with the rights to see them"
-            )
+            self._add("namespaces-unseen", "hazard", f"{count} could not be looked into", unseen_remedy())
         known = self._look_at_receivers(places, target, live, base or target.around, pins)
         self._look_at_limit(target, base or target.around, pins)
         self._look_at_pins(target, pins, known)

@@ -28,6 +28,7 @@ from tuckctl.kernel.syscalls import (
     show,
 )
 from tuckctl.kernel.threads import in_namespace, own_namespace
+from tuckctl.spaces import walk
 from tuckctl.target import look
 
 if TYPE_CHECKING:
@@ -85,47 +86,51 @@ class _Loosening:
             with contextlib.suppress(KernelError):
                 self.points[match.mount_id] = look(match.mount_id, match.namespace_id).point
 
-    def work_in(self, match: Match, work: Callable[[bytes], None]) -> None:
-        """Work in a receiver's namespace, with its path of the target. What is gone meanwhile needs nothing."""
+    def work_in(self, match: Match, place: bytes, work: Callable[[Fd], None]) -> None:
+        """Work in a receiver's namespace, with what is seen at a place in it. What is gone meanwhile needs nothing."""
         space, point = self.spaces.get(match.namespace_id), self.points.get(match.mount_id)
         if space is None or point is None:
             return
         with contextlib.suppress(KernelError):
             if space is self.own and point == self.target.path:
-                work(self.target.place)
+                with walk(self.target.parent, self.target.name + place) as seen:
+                    work(seen)
             else:
-                in_namespace(space, lambda: work(point))
+                in_namespace(space, lambda: _with(point + place, work))
 
     def leave(self, match: Match, carrier: Mount, groups: list[Fd]) -> None:
         """Take a carrier's counterpart in one receiver out of its group, into the one that is being made."""
         place = b"/" + carrier.point[len(self.target.path) + 1 :]
 
-        def work(at: bytes) -> None:
-            with open_tree(AT_FDCWD, at + place) as seen:
-                if look(mount_id(seen)).device != carrier.device:
-                    return
-                member = self.stack.enter_context(open_tree(seen, clone=True))
-                self.left.append((match, place, carrier, member))
-                mount_setattr(seen, propagation=Propagation.PRIVATE)
-                if groups:
-                    move_mount_set_group(groups[0], seen)
-                    return
-                mount_setattr(seen, propagation=Propagation.SHARED)
-                groups.append(self.stack.enter_context(open_tree(seen, clone=True)))
+        def work(seen: Fd) -> None:
+            if look(mount_id(seen)).device != carrier.device:
+                return
+            member = self.stack.enter_context(open_tree(seen, clone=True))
+            self.left.append((match, place, carrier, member))
+            mount_setattr(seen, propagation=Propagation.PRIVATE)
+            if groups:
+                move_mount_set_group(groups[0], seen)
+                return
+            mount_setattr(seen, propagation=Propagation.SHARED)
+            groups.append(self.stack.enter_context(open_tree(seen, clone=True)))
 
-        self.work_in(match, work)
+        self.work_in(match, place, work)
 
     def rejoin(self) -> None:
         """Give what is seen in each place now the group that was left."""
         for match, place, carrier, member in self.left:
 
-            def work(at: bytes, place: bytes = place, carrier: Mount = carrier, member: Fd = member) -> None:
-                with open_tree(AT_FDCWD, at + place) as seen:
-                    if look(mount_id(seen)).device == carrier.device:
-                        mount_setattr(seen, propagation=Propagation.PRIVATE)
-                        move_mount_set_group(member, seen)
+            def work(seen: Fd, carrier: Mount = carrier, member: Fd = member) -> None:
+                if look(mount_id(seen)).device == carrier.device:
+                    mount_setattr(seen, propagation=Propagation.PRIVATE)
+                    move_mount_set_group(member, seen)
 
-            self.work_in(match, work)
+            self.work_in(match, place, work)
+
+
+def _with(path: bytes, work: Callable[[Fd], None]) -> None:
+    with walk(AT_FDCWD, path) as seen:
+        work(seen)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from tuckctl import holding
 from tuckctl.errors import PartialError, TuckError
 from tuckctl.kernel.syscalls import show
-from tuckctl.receivers import UNLOCKED, describe, observe, remedies, unlocked
+from tuckctl.receivers import UNLOCKED, describe, observe, remedies, unlocked, unseen_remedy
 from tuckctl.results import Holder, Receiver, TargetResult, TransactionResult, infos
 from tuckctl.target import Content
 
@@ -101,7 +101,7 @@ def conclude(course: Course, *results: TargetResult, outcome: str = "swapped") -
     else:
         spaces = "1 namespace" if unseen == 1 else f"{unseen} namespaces"
         message = f"{where}: done, but {spaces} could not be looked into"
-        error = PartialError("namespaces-unseen", message, "run it with the rights to see them")
+        error = PartialError("namespaces-unseen", message, unseen_remedy())
     error.result = course.result(error.outcome, results, error)
     raise error
 

@@ -251,7 +251,7 @@ def remedy(pid: int, owner: Owner) -> str:
     if owner.unit is not None and owner.unit.endswith(".service"):
         whose = f" --user --machine={owner.user}@" if owner.user is not None else ""
         return f"systemctl{whose} restart {_operand(owner.unit)}"
-    return f"kill {pid}"
+    return "systemctl daemon-reexec" if pid == 1 else f"kill {pid}"
 
 
 def hides_some() -> bool:
@@ -262,7 +262,7 @@ def hides_some() -> bool:
     if os.stat("/proc/thread-self/ns/user").st_ino != FIRST_USERS:
         return False
     try:
-        if os.stat("/proc/1/ns/pid").st_ino != FIRST_PROCESSES:
+        if is_in_process_namespace():
             return True
         for name in os.listdir("/proc"):
             if name.isdigit():
@@ -271,6 +271,11 @@ def hides_some() -> bool:
     except OSError:
         return True
     return False
+
+
+def is_in_process_namespace() -> bool:
+    """Whether /proc shows the processes of another process namespace than the first. Raises OSError."""
+    return os.stat("/proc/1/ns/pid").st_ino != FIRST_PROCESSES
 
 
 def by_namespace() -> dict[int, list[int]]:

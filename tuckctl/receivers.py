@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shlex
 from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -31,7 +32,7 @@ from tuckctl.kernel.syscalls import (
 )
 from tuckctl.kernel.threads import in_namespace, on_thread, own_namespace
 from tuckctl.overlay import generation_of
-from tuckctl.processes import Owner, Owners, by_namespace, hides_some, oldest
+from tuckctl.processes import Owner, Owners, by_namespace, hides_some, is_in_process_namespace, oldest, remedy
 from tuckctl.results import Receiver
 from tuckctl.spaces import NO_LISTING, in_spaces, is_gone, lived_in, reach
 from tuckctl.target import Content, look
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
     from tuckctl.kernel.fd import Fd
 
+_NAMED = 30
+"""How many a sentence names at most."""
 UNLOCKED = "unlocked-in-user-namespace"
 """A copy that propagation brought into another user namespace is not locked there before Linux 7.1.
 
@@ -326,6 +329,7 @@ def describe(
     if not matches:
         return ()
     processes, owners = by_namespace(), Owners()
+    here = os.stat("/proc/thread-self/ns/mnt").st_ino
     found = []
     for match in matches:
         try:
@@ -360,12 +364,20 @@ def describe(
                 submounts,
                 cover,
                 match.owner or None,
+                _remedy(mount.point, pids, owner, is_here=match.namespace_inode == here) if state == "stale" else None,
             )
         )
     return tuple(found)
 
 
 _NOBODY = Owner(None, None, None)
+
+
+def _remedy(path: bytes, pids: Sequence[int], owner: Owner, *, is_here: bool) -> str | None:
+    """Return the command that ends what a receiver was left on: here nobody is to be restarted for it."""
+    if is_here:
+        return f"umount {shlex.quote(show(path))}"
+    return remedy(oldest(pids), owner) if pids else None
 
 
 def _propagation(match: Match) -> str:
@@ -410,10 +422,29 @@ def _cover_around(mount: Mount) -> bytes | None:
     return None
 
 
-def remedies(receivers: Iterable[Receiver]) -> str:
-    """Say what would bring these receivers along, in a sentence."""
-    names = []
+def remedies(receivers: Sequence[Receiver]) -> str:
+    """Say what would help these receivers, each command once; of very many the document alone tells all."""
+    told: dict[str, list[str]] = {}
     for receiver in receivers:
-        who = receiver.unit or receiver.container or ", ".join(f"pid {pid}" for pid in receiver.pids[:3])
-        names.append(f"{show(receiver.path)} in namespace {receiver.namespace} ({who or 'no process'})")
-    return "restart what lives in: " + "; ".join(names)
+        where = f"{show(receiver.path)} in namespace {receiver.namespace}"
+        told.setdefault(receiver.remedy or "end what keeps a namespace without a process", []).append(where)
+    names = [f"{command} ({'; '.join(places[:_NAMED])})" for command, places in list(told.items())[:_NAMED]]
+    more = f", and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
+    return "each of them is helped by: " + ", ".join(names) + more
+
+
+def unseen_remedy() -> str:
+    """Say what would have to be otherwise for every namespace to be looked into."""
+    with contextlib.suppress(KernelError, OSError), own_namespace() as here:
+        if _is_confined(namespace_id(here), _root()):
+            return (
+                "run it outside of this chroot: --namespace /proc/self/ns/mnt does it there, with all paths as they"
+                " are there"
+            )
+    with contextlib.suppress(OSError):
+        if is_in_process_namespace():
+            return (
+                "run it in the first process namespace, on the host or in a container with --pid=host: to others the"
+                " kernel does not list the mount namespaces"
+            )
+    return "run it with the rights to see them"

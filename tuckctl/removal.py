@@ -181,7 +181,7 @@ def _stand_in(each: Leaving, stack: contextlib.ExitStack) -> StandIn:
         stand_ins = []
         for child in on_it:
             name = relative(child.point, target.path)
-            seen = stack.enter_context(walk(target.parent, target.name + b"/" + name, child.id))
+            seen = stack.enter_context(walk(target.parent, target.name + b"/" + name))
             stand_ins.append(make(child, seen, relative(child.point, mount.point)))
         return StandIn(original, clone, place, tuple(stand_ins))
 

@@ -64,6 +64,7 @@ class Receiver:
     `root` is the part of the content that is mounted, `flags` and `propagation` are the mount's own, as fstab(5) and
     findmnt(8) name them. `submounts` are the paths of what is mounted on it there. `covered_by` is where another mount
     covers it: at its own path, or around that. `user_namespace` owns its mount namespace; None where that is not known.
+    `remedy` is the command that would help one that was left behind; None where none is needed, or none is known.
     """
 
     namespace: int
@@ -81,6 +82,7 @@ class Receiver:
     submounts: tuple[bytes, ...] = ()
     covered_by: bytes | None = None
     user_namespace: int | None = None
+    remedy: str | None = None
 
 
 @frozen

@@ -84,15 +84,17 @@ class Selection:
         named = {inode: owners.of(oldest(pids)) for inode, pids in processes.items()}
         for selector in selectors:
             number = _number(selector)
+            found: set[int] = set()
             if selector.startswith("/"):
                 inode = _inode(selector)
                 found = {inode} if inode is not None else set()
-            elif number is None:
-                found = {inode for inode, owner in named.items() if _is_named(owner, selector)}
-            elif number >= _FIRST_NAMESPACE:
+            elif number is not None and number >= _FIRST_NAMESPACE:
                 found = {number} & existing
-            else:
+            elif number is not None:
                 found = {inode for inode, pids in processes.items() if number in pids}
+            if not found - {own}:
+                # Some engines have containers with numbers for names.
+                found = {inode for inode, owner in named.items() if _is_named(owner, selector)}
             found.discard(own)
             if not found:
                 self.unmatched.append(selector)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tuckctl.errors import KernelError, RefusedError, UsageError
 from tuckctl.kernel.fd import Fd
-from tuckctl.kernel.flags import AT_FDCWD, Resolve
+from tuckctl.kernel.flags import AT_FDCWD, Resolve, Umount
 from tuckctl.kernel.syscalls import (
     Namespace,
     mount_id,
@@ -21,6 +21,7 @@ from tuckctl.kernel.syscalls import (
     namespace_seek,
     openat2,
     show,
+    umount2,
 )
 from tuckctl.kernel.threads import in_namespace, own_namespace
 from tuckctl.processes import by_namespace
@@ -29,13 +30,14 @@ from tuckctl.target import look
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
-    from tuckctl.kernel.syscalls import Descriptor
+    from tuckctl.kernel.syscalls import Descriptor, Mount
 
 _OPEN = os.O_RDONLY | os.O_CLOEXEC
 NO_LISTING = (errno.EPERM, errno.ENOTTY)
 """Errors of a kernel that does not list mount namespaces: to this caller, or not yet (Linux 6.12)."""
 _ASK_A_SERVER = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "afs", "autofs", "gfs", "ocfs", "lustre", "orangefs")
 """Filesystems on which a lookup may wait for another process or machine, by the beginnings of their names."""
+_CACHED = Resolve.NO_SYMLINKS | Resolve.CACHED
 
 
 class InSpace(Protocol):
@@ -180,7 +182,11 @@ def reach(path: bytes, wanted: int) -> Fd:
 
     Raises KernelError: as `walk` does, and ESTALE where the path leads to another mount.
     """
-    seen = walk(AT_FDCWD, path, wanted)
+    return _reach(AT_FDCWD, path, wanted)
+
+
+def _reach(directory: Descriptor, path: bytes, wanted: int) -> Fd:
+    seen = walk(directory, path)
     found = mount_id(seen)
     if found != wanted:
         seen.close()
@@ -188,33 +194,54 @@ def reach(path: bytes, wanted: int) -> Fd:
     return seen
 
 
-def walk(directory: Descriptor, path: bytes, mount: int) -> Fd:
-    """Open (O_PATH) a path that leads to a mount of the calling thread's namespace, or ends in it.
+def walk(directory: Descriptor, path: bytes) -> Fd:
+    """Open (O_PATH) a path in the calling thread's namespace.
 
     A walk through a server that does not answer could never be ended. So only what the kernel has in
-    its memory is looked up (openat2(2), RESOLVE_CACHED), unless no filesystem on the way has a server.
+    its memory is looked up (openat2(2), RESOLVE_CACHED), and the rest name by name: each in a directory
+    that is open already, so that nobody can put another filesystem there, and that has no server.
     Raises KernelError: EAGAIN where one would have to wait.
     """
     try:
-        return openat2(directory, path, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.CACHED)
+        return openat2(directory, path, os.O_PATH, _CACHED)
     except KernelError as error:
-        if error.errno != errno.EAGAIN or _asks_a_server(mount):
+        if error.errno != errno.EAGAIN:
             raise
-    return openat2(directory, path, os.O_PATH, Resolve.NO_SYMLINKS)
+    here = openat2(directory, b"/" if path.startswith(b"/") else b".", os.O_PATH, _CACHED)
+    for name in filter(None, path.split(b"/")):
+        with here:
+            here = _step(here, name)
+    return here
 
 
-def _asks_a_server(identity: int) -> bool:
-    """Whether a filesystem on the way to a mount, or its own, may wait for a server."""
-    while True:
-        try:
-            mount = look(identity)
-        except KernelError:
-            return False
-        if mount.fstype.startswith(_ASK_A_SERVER):
-            return True
-        if mount.parent_id == mount.id:
-            return False
-        identity = mount.parent_id
+def _step(directory: Fd, name: bytes) -> Fd:
+    try:
+        return openat2(directory, name, os.O_PATH, _CACHED)
+    except KernelError as error:
+        if error.errno != errno.EAGAIN or asks_a_server(look(mount_id(directory))):
+            raise
+    return openat2(directory, name, os.O_PATH, Resolve.NO_SYMLINKS)
+
+
+def asks_a_server(mount: Mount) -> bool:
+    """Whether a lookup in a filesystem may wait for a server."""
+    return mount.fstype.startswith(_ASK_A_SERVER)
+
+
+def unmount(path: bytes, wanted: int, flags: int = 0) -> None:
+    """Unmount the mount with this id, which is what is seen at a path of the calling thread's namespace.
+
+    The thread's working directory is the root then. No more than the last name is looked up again.
+    Raises KernelError: as `reach` does, and as umount2(2).
+    """
+    folder, name = os.path.split(path)
+    with walk(AT_FDCWD, folder) as around:
+        _reach(around, name, wanted).close()
+        os.fchdir(around.fileno())
+    try:
+        umount2(name, flags | Umount.NOFOLLOW)
+    finally:
+        os.chdir(b"/")
 
 
 def is_folder(descriptor: Descriptor) -> bool:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import stat
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from tuckctl.kernel.syscalls import (
     find_mounts,
     list_namespaces,
     listmount,
+    mount_id,
     mount_setattr,
     move_mount,
     move_mount_set_group,
@@ -38,7 +38,7 @@ from tuckctl.kernel.syscalls import (
     unshare,
 )
 from tuckctl.kernel.threads import on_thread, own_namespace
-from tuckctl.spaces import insist, is_folder, reach, relative, walk
+from tuckctl.spaces import asks_a_server, insist, is_folder, reach, relative, unmount
 from tuckctl.target import children, look
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def alone(root: Fd, mount: Mount) -> Iterator[None]:
 
 def unmount_here(root: Fd, path: bytes) -> None:
     """Detach a mount by a descriptor of its root, without a walk; a file's by its path, which umount2(2) demands."""
-    if not stat.S_ISDIR(os.fstat(root.fileno()).st_mode):
-        umount2(path, Umount.DETACH)
+    if not is_folder(root):
+        unmount(path, mount_id(root), Umount.DETACH)
         return
     os.fchdir(root.fileno())
     try:
@@ -303,11 +303,12 @@ class Switchboard:
         with contextlib.ExitStack() as stack:
             root = stack.enter_context(reach(parent.point, parent.id))
             self.note(parent)
-            stack.enter_context(walk(root, place, parent.id)).close()
             end, borrowed = self._end(stack, space, root, parent)
             # What is put in order after this can be only there.
             stack.callback(insist, partial(setns, space, Clone.NEWNS))
-            spot = stack.enter_context(openat2(end, place, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH))
+            # No mount is in the way there but the parent's own.
+            resolve = Resolve.NO_SYMLINKS | Resolve.BENEATH | (Resolve.CACHED if asks_a_server(parent) else 0)
+            spot = stack.enter_context(openat2(end, place, os.O_PATH, resolve))
             self._enter()
             slot = self._slot(end)
             try:

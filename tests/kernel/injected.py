@@ -84,8 +84,15 @@ def _listen(calls: Iterable[int] = NUMBERS.values()) -> int:
     return listener
 
 
-def with_fault(act: Callable[[], TransactionResult], fault: Fault | None = None) -> Outcome:
-    """Run a transaction in a child, in which one call fails, and return how it ended."""
+class Event(NamedTuple):
+    """What happens just before the n-th of all these calls from the tuck on."""
+
+    number: int
+    happen: Callable[[], object]
+
+
+def with_fault(act: Callable[[], TransactionResult], fault: Fault | Event | None = None) -> Outcome:
+    """Run a transaction in a child, in which one call fails or finds things changed, and return how it ended."""
     here, there = socket.socketpair()
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -120,7 +127,7 @@ def with_fault(act: Callable[[], TransactionResult], fault: Fault | None = None)
     return Outcome(exit_code, code, result, calls)
 
 
-def _serve(listener: int, reading: int, fault: Fault | None) -> tuple[bytes, Counter[str]]:
+def _serve(listener: int, reading: int, fault: Fault | Event | None) -> tuple[bytes, Counter[str]]:
     calls: Counter[str] = Counter()
     is_tucked, answered = False, b""
     poll = select.poll()
@@ -143,8 +150,10 @@ def _serve(listener: int, reading: int, fault: Fault | None) -> tuple[bytes, Cou
             failing = 0
             if is_tucked:
                 calls[name] += 1
-                if fault is not None and (name, calls[name]) == (fault.call, fault.number):
+                if isinstance(fault, Fault) and (name, calls[name]) == (fault.call, fault.number):
                     failing = -fault.error
+                if isinstance(fault, Event) and calls.total() == fault.number:
+                    fault.happen()
             (flags,) = struct.unpack_from("=Q", asked, 32 + 8 * 4)
             is_tucked = is_tucked or (name == "move_mount" and bool(flags & MoveMount.BENEATH))
             answer = _RESPONSE.pack(identity, 0, failing, 0 if failing else _CONTINUE)

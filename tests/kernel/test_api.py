@@ -46,6 +46,7 @@ RECEIVER = {
     "submounts": [NAME],
     "covered_by": TEXT,
     "user_namespace": NUMBER,
+    "remedy": TEXT,
 }
 HOLDER = {
     "pid": (int,),

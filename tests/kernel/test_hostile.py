@@ -25,6 +25,7 @@ from tests.kernel.scenes import (
     Scene,
     bind,
     end,
+    image_files,
     in_scene,
     mount_on,
     read,
@@ -34,7 +35,7 @@ from tests.kernel.scenes import (
 )
 from tuckctl.errors import KernelError, PartialError, TuckError, UndoneError
 from tuckctl.exchange import Exchange
-from tuckctl.kernel.flags import AT_FDCWD, Clone, Umount
+from tuckctl.kernel.flags import AT_FDCWD, Clone, MountAttr, Umount
 from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import mount_setattr, move_mount, open_tree, pivot_root, setns, umount2, unshare
 from tuckctl.receivers import observe
@@ -190,8 +191,13 @@ def shows(source: bytes, device: tuple[int, int]) -> list[int]:
     return found
 
 
-def swap_beside(scene: Scene, times: int, hostile: Callable[[], set[int]], *allowed: str) -> Counter[str]:
-    """Swap to and fro, and see after each that what is told is true of everyone who is not hostile."""
+def swap_beside(
+    scene: Scene, times: int, hostile: Callable[[], set[int]], *allowed: str, only: Space | None = None
+) -> Counter[str]:
+    """Swap to and fro, and see after each that what is told is true of everyone who is not hostile.
+
+    `only` is the one namespace that can be looked into, where not every one can.
+    """
     outcomes: Counter[str] = Counter()
     live = scene.which()
     for turn in range(times):
@@ -207,7 +213,8 @@ def swap_beside(scene: Scene, times: int, hostile: Callable[[], set[int]], *allo
         if result.outcome == "swapped":
             assert shows(old.source, old.device) == []
         assert {r.namespace for r in result.targets[0].receivers if r.state == "stale"} <= hostile()
-        assert scene.everywhere() == [live] * (1 + len(scene.spaces))
+        spaces = scene.spaces if only is None else [only]
+        assert [scene.which(), *map(scene.which, spaces)] == [live] * (1 + len(spaces))
     return outcomes
 
 
@@ -708,6 +715,102 @@ def test_a_submount_of_one_whose_server_does_not_answer_stands_in_nobodys_way_fo
                 mount.fstype for mount in (*scene.mounts_at(b"sub", space), *scene.mounts_at(b"sub/name", space))
             ] == ["fuse", "tmpfs"]
             assert scene.which() == (b"a" if result.outcome == "refused" else b"b")
+
+    in_scene(disk, work)
+
+
+@contextlib.contextmanager
+def covered(space: Space | None, where: bytes) -> Iterator[None]:
+    """Mount a filesystem over a directory, and have its server answer no more: what lay below is out of reach."""
+    with Fuse() as fuse:
+        fuse.mount(where) if space is None else space.do(lambda: fuse.mount(where))
+        fuse.fall_silent()
+        try:
+            yield
+        finally:
+            fuse.end()
+
+
+def test_a_receiver_that_a_silent_server_covers_from_above_is_left_and_named_in_time(disk: bytes) -> None:
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        slave, private = scene.space("slave"), scene.space("private")
+        with covered(slave, scene.around), covered(private, scene.around):
+            with pytest.raises(UndoneError) as undone:
+                in_time(lambda: scene.swap("b", receivers="require"))
+            stuck = (private.inode, scene.target, "unreachable")
+            assert left_of(undone.value.result) == [stuck]
+            with pytest.raises(PartialError) as partial:
+                in_time(lambda: scene.swap("b"))
+            assert left_of(partial.value.result) == [stuck]
+            with pytest.raises(PartialError):
+                in_time(lambda: scene.swap("a", busy="wait", timeout=1.0))
+            assert in_time(lambda: tuckctl.status(scene.target)).targets[0].state == "stale"
+            assert in_time(lambda: tuckctl.doctor(scene.target)).exit_code == 0
+        slave.do(lambda: take_off(scene.around))
+        private.do(lambda: take_off(scene.around))
+        assert scene.swap("b").outcome == "swapped"
+        assert scene.everywhere() == [b"b"] * 3
+
+    in_scene(disk, work)
+
+
+@pytest.mark.parametrize("kind", [None, "slave"])
+def test_a_submount_that_a_silent_server_covers_from_above_is_named_in_time(disk: bytes, kind: str | None) -> None:
+    def work(scene: Scene) -> None:
+        for name in ("a", "b"):
+            scene.image(name, image_files(name) | {"sub/deep/x": b""})
+        scene.swap("a")
+        space = scene.space(kind) if kind else None
+        deep = scene.target + b"/sub/deep"
+        mount_on(deep) if space is None else space.do(lambda: mount_on(deep))
+        with covered(space, scene.target + b"/sub"):
+            result = in_time(lambda: attempt(scene, "b"))
+            assert (result.error and result.error.code) == (
+                "submount-cannot-be-copied" if space is None else "receivers-left-behind"
+            )
+            there = [*scene.mounts_at(b"sub", space), *scene.mounts_at(b"sub/deep", space)]
+            assert [mount.fstype for mount in there] == ["fuse", "tmpfs"]
+            assert scene.which() == (b"a" if space is None else b"b")
+
+    in_scene(disk, work)
+
+
+def test_silent_servers_that_come_and_go_in_the_way_of_a_receiver_stop_no_swap(disk: bytes) -> None:
+    """Each is kept until the end: who has asked it once waits for ever."""
+
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        slave, private = scene.space("slave"), scene.space("private")
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC) if os.path.exists("/dev/fuse") else -1
+        if device < 0:
+            pytest.skip("/dev/fuse")
+        os.close(device)
+        inode = private.inode
+        kept: list[int] = []
+
+        def cover_shortly() -> None:
+            setns(private.namespace, Clone.NEWNS)
+            kept.append(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+            options = [("fd", b"%d" % kept[-1]), ("rootmode", b"40000"), ("user_id", b"0"), ("group_id", b"0")]
+            with new_mount("fuse", options, MountAttr(0)) as mount:
+                move_mount(mount, AT_FDCWD, scene.around)
+            time.sleep(0.001 * (len(kept) % 5))
+            take_off(scene.around)
+            time.sleep(0.001 * (len(kept) % 3))
+
+        storm = Container(scene, "slave", cover_shortly)
+        outcomes = within(
+            2 * LIMIT, lambda: swap_beside(scene, 30, lambda: {inode}, "receivers-left-behind", only=slave)
+        )
+        assert outcomes.total() == 30
+        storm.close()
+        while "fuse" in [mount.fstype for mount in scene.tables()[2].values() if mount.point == scene.around]:
+            private.do(lambda: take_off(scene.around))
+        assert scene.swap("c").outcome == "swapped"
+        assert scene.everywhere() == [b"c"] * 3
+        # What was put beneath it and could not be taken out again is on the new content as well.
+        assert {mount.device for mount in scene.mounts_at(b"", private)} == {scene.top.device}
 
     in_scene(disk, work)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import socket
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,10 @@ from tests.kernel.cgroups import CONTAINER, in_cgroup, unit
 from tests.kernel.lab import deny_ioctls, in_own_processes, may_see_every_process, needs_root
 from tests.kernel.scenes import Scene, Space, bind, end, failure, in_scene, mount_on, take_off
 from tuckctl.errors import PartialError
+from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Propagation
 from tuckctl.kernel.syscalls import mount_setattr
+from tuckctl.kernel.threads import in_namespace
 from tuckctl.results import as_json
 
 if TYPE_CHECKING:
@@ -157,6 +160,29 @@ def test_a_namespace_without_a_process_is_told_after_a_swap_by_what_was_done_to_
         for space in held.values():
             assert space.do(scene.which) == b"b"
             space.namespace.close()
+
+    in_scene(disk, work)
+
+
+def test_a_namespace_whose_descriptor_is_on_its_way_to_someone_is_brought(disk: bytes) -> None:
+    """Nobody has it open: it is in a message that was sent and not received (unix(7), SCM_RIGHTS)."""
+
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        spaces = {kind: Space(kind, scene.around) for kind in ("slave", "private")}
+        here, there = socket.socketpair()
+        for space in spaces.values():
+            socket.send_fds(here, [b"-"], [space.namespace.fileno()])
+            space.close()
+        result = scene.swap("b").targets[0]
+        told = {each.namespace: (each.state, each.pids) for each in result.receivers}
+        assert [told[space.inode] for space in spaces.values()] == [("updated", ()), ("converged", ())]
+        for _ in spaces:
+            _, (received,), _, _ = socket.recv_fds(there, 1, 1)
+            with Fd(received) as namespace:
+                assert in_namespace(namespace, scene.which) == b"b"
+        here.close()
+        there.close()
 
     in_scene(disk, work)
 
@@ -306,16 +332,54 @@ def test_unit_and_container_are_those_of_the_process_that_was_there_first(disk: 
     assert found[2][0] != found[0][0]
 
 
+ENGINES = {
+    "podman": (f"libpod-{CONTAINER}.scope", CONTAINER, f"podman restart {CONTAINER}"),
+    "docker": (f"docker-{CONTAINER}.scope", CONTAINER, f"docker restart {CONTAINER}"),
+    "containerd": (f"cri-containerd-{CONTAINER}.scope", CONTAINER, f"crictl stop {CONTAINER}"),
+    "CRI-O": (f"crio-{CONTAINER}.scope", CONTAINER, f"crictl stop {CONTAINER}"),
+    "LXC": ("lxc.payload.tuckctl-web", "tuckctl-web", "lxc-stop --reboot --name tuckctl-web"),
+    "LXC, by a number": ("lxc.payload.100", "100", "lxc-stop --reboot --name 100"),
+    "nspawn": ("machine-tuckctl\\x2dweb.scope", "tuckctl-web", "machinectl reboot tuckctl-web"),
+    "nspawn, as a service": ("systemd-nspawn@tuckctl.service", "tuckctl", "machinectl reboot tuckctl"),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_container_is_known_by_the_control_group_that_its_engine_makes(disk: bytes, engine: str) -> None:
+    group, container, remedy = ENGINES[engine]
+
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        space = scene.space("private")
+        with in_cgroup(group, space.pid):
+            assert one(scene, space).container == container
+            result = scene.swap("b", except_=[container]).targets[0]
+            told = {each.namespace: (each.state, each.container, each.remedy) for each in result.receivers}
+            assert told[space.inode] == ("excluded", container, None)
+            error = failure(lambda: scene.swap("a", receivers="report"))
+            assert error.result is not None
+            told = {
+                each.namespace: (each.state, each.container, each.remedy) for each in error.result.targets[0].receivers
+            }
+            assert told[space.inode] == ("stale", container, remedy)
+            assert remedy in (error.hint or "")
+
+    in_scene(disk, work)
+
+
 # What cannot be seen is counted.
 
 
 def test_in_a_process_namespace_of_its_own_the_others_are_counted_as_not_seen(disk: bytes) -> None:
-    def work() -> tuple[int, str | None, int, int]:
+    def work() -> tuple[int, str, bool, int]:
         with Scene(disk) as scene:
-            code, word, result = outcome(lambda: scene.swap("a"))
-            return code, word, result.unseen, tuckctl.status(scene.target).targets[0].unseen
+            error = failure(lambda: scene.swap("a"))
+            assert error.result is not None
+            assert error.result.targets[0].unseen == 1
+            helpful = "--pid=host" in (error.hint or "")
+            return error.exit_code, error.code, helpful, tuckctl.status(scene.target).targets[0].unseen
 
-    assert in_own_processes(work) == (6, "namespaces-unseen", 1, 1)
+    assert in_own_processes(work) == (6, "namespaces-unseen", True, 1)
 
 
 def test_a_name_that_is_no_utf8_is_told_in_base64_as_well(disk: bytes) -> None:

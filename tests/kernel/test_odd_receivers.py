@@ -110,18 +110,22 @@ def test_what_lies_outside_of_the_callers_chroot_is_counted(disk: bytes) -> None
             try:
                 os.chroot(jail)
                 os.chdir("/")
-                scene.swap("b")
-                os.write(telling, b"swapped")
-            except TuckError as error:
-                os.write(telling, f"{error.exit_code} {error.code}".encode())
+                result = scene.swap("b", namespace="/proc/self/ns/mnt")
+                assert sorted(each.state for each in result.targets[0].receivers) == ["converged", "updated"]
+                error = failure(lambda: scene.swap("c"))
+                os.write(telling, f"{error.exit_code} {error.code} {error.hint}".encode())
+            except (TuckError, AssertionError) as wrong:
+                os.write(telling, repr(wrong).encode())
             finally:
                 os._exit(0)
-        told = os.read(answer, 64)
+        told = os.read(answer, 4096)
         os.close(answer)
         os.close(telling)
         os.waitpid(pid, 0)
-        assert told == b"6 namespaces-unseen"
-        assert (scene.which(), read(jail + scene.target + b"/which")) == (b"a", b"b")
+        assert told.startswith(b"6 namespaces-unseen run it outside of this chroot: --namespace /proc/self/ns/mnt "), (
+            told
+        )
+        assert (scene.which(), read(jail + scene.target + b"/which")) == (b"b", b"c")
 
     in_scene(disk, work)
 
