@@ -93,6 +93,12 @@ def read_file(path: bytes) -> bytes:
     return content
 
 
+def is_none(error: OSError | ValueError) -> bool:
+    """Whether an error of `read_file` tells that there is no such file, and not that it cannot be read now."""
+    absent = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENXIO)
+    return not isinstance(error, OSError) or error.errno in absent
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):

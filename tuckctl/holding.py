@@ -9,7 +9,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from tuckctl.durable import parse_json, read_file, unsigned, write_file
+from tuckctl.durable import is_none, parse_json, read_file, state_error, unsigned, write_file
 from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import Hold
@@ -197,7 +197,10 @@ class Replaced:
 
 
 def read_replaced(directory: bytes) -> Replaced:
-    """Read what was replaced while in use since the boot; what cannot be read is nothing."""
+    """Read what was replaced while in use since the boot; what is no such file is nothing.
+
+    Raises TuckError where it cannot be read now: who was left behind must not be forgotten for that.
+    """
     try:
         found = parse_json(read_file(os.path.join(directory, _FILE.encode())))
         return Replaced(
@@ -214,7 +217,11 @@ def read_replaced(directory: bytes) -> Replaced:
             tuple(unsigned(identity) for identity in found["excluded"]),
             tuple(unsigned(identity) for identity in found.get("slaves", ())),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except OSError as error:
+        if is_none(error):
+            return Replaced()
+        raise state_error(os.path.join(directory, _FILE.encode()), error) from error
+    except (ValueError, KeyError, TypeError, AttributeError):
         return Replaced()
 
 

@@ -15,7 +15,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tuckctl.durable import parse_json, read_file, state_error, unsigned
+from tuckctl.durable import is_none, parse_json, read_file, state_error, unsigned
 from tuckctl.frozen import frozen
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import MountAttr, Propagation
@@ -194,10 +194,16 @@ class Journal:
                 os.unlink(draft)
 
     def resume(self) -> None:
-        """Go on with what an interrupted transaction wrote; where it wrote nothing, nothing is noted."""
+        """Go on with what an interrupted transaction wrote; where it wrote nothing, nothing is noted.
+
+        Raises TuckError where it cannot be opened now.
+        """
         flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-        with contextlib.suppress(OSError):
+        try:
             self._file = Fd(os.open(self._path, flags))
+        except OSError as error:
+            if not is_none(error):
+                raise state_error(self._path, error) from error
 
     def step(self, name: str, aside: Sequence[Match] = ()) -> None:
         """Write that a step is about to be taken, and whom it sets aside. Raises TuckError."""
@@ -231,8 +237,10 @@ class Journal:
 
     def end(self) -> None:
         """Remove it: everything is done, or as it was. Call it at home."""
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
+        for _ in range(2):
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
+                return
 
     def tidy(self) -> None:
         """Drop what was not written to its end."""
@@ -242,12 +250,17 @@ class Journal:
     def read(self) -> Entry | None:
         """Return what an interrupted transaction left; None where there is nothing, or nothing that tells what it was.
 
-        A line that is damaged, or half written, is not believed, nor any after it.
+        A line that is damaged, or half written, is not believed, nor any after it. Raises TuckError where it cannot
+        be read now: that there is none must not be concluded from that.
         """
         try:
             lines = read_file(self._path).split(b"\n")
-        except (OSError, ValueError):
+        except ValueError:
             return None
+        except OSError as error:
+            if is_none(error):
+                return None
+            raise state_error(self._path, error) from error
         found: list[dict[str, Any]] = []
         damage = None
         for number, line in enumerate(lines, 1):

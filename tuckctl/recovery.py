@@ -8,6 +8,8 @@ line from a helper namespace (tuckctl.switchboard), so that what was half done e
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -27,7 +29,7 @@ from tuckctl.plan import live_mounts
 from tuckctl.prune import drop_images
 from tuckctl.receivers import arrival, copies_of, left_behind, observe
 from tuckctl.removal import remove
-from tuckctl.spaces import in_spaces, reach
+from tuckctl.spaces import in_spaces, insist, reach
 from tuckctl.switchboard import BLANK, Switchboard
 from tuckctl.target import Content, children, look
 
@@ -101,17 +103,24 @@ def _seen(scene: Scene) -> Entry | None:
 
 def tidy(scene: Scene, places: Places) -> None:
     """Drop what a killed writer left, and settle the records of generations that were never seen."""
-    with contextlib.suppress(TuckError, OSError):
-        Journal(places.of(scene.target.path)).tidy()
-        scene.records.remove_leftovers()
-        current = scene.records.current()
-        for number in scene.records.numbers():
-            generation = scene.records.get(number)
-            if generation is None or generation.outcome != "pending":
-                continue
-            if current is None or number != current.generation:
-                scene.records.write(replace(generation, outcome="undone"))
+    try:
+        _tidy(scene, places)
+    except (TuckError, OSError):
+        with contextlib.suppress(TuckError, OSError):  # what is left over goes with the next swap
+            _tidy(scene, places)
     drop_images(places)
+
+
+def _tidy(scene: Scene, places: Places) -> None:
+    Journal(places.of(scene.target.path)).tidy()
+    scene.records.remove_leftovers()
+    current = scene.records.current()
+    for number in scene.records.numbers():
+        generation = scene.records.get(number)
+        if generation is None or generation.outcome != "pending":
+            continue
+        if current is None or number != current.generation:
+            scene.records.write(replace(generation, outcome="undone"))
 
 
 class _Recovery:
@@ -153,9 +162,9 @@ class _Recovery:
                         on_thread(partial(self._lay_bare, board, match, space, device))
                 copies = [match for match in sight.matches if match.device == device and match.mount_id > mine]
                 for match, space in in_spaces(copies):
-                    on_thread(partial(_take_out, board, match.mount_id, space))
+                    on_thread(partial(_take_out, board, match.mount_id, space, match.owner))
             if self.is_tucked:
-                on_thread(partial(board.take_out, mine, board.home))
+                on_thread(partial(_take_out, board, mine, board.home, 0))
             self.repair(board)
 
     def _below_new(self) -> Mount:
@@ -175,7 +184,7 @@ class _Recovery:
             beneath.append(below.id)
             below = look(below.parent_id)
         for identity in reversed(beneath):
-            _take_out(board, identity, space)
+            _take_out(board, identity, space, match.owner)
 
     # Forward.
 
@@ -300,17 +309,20 @@ class Wishes:
     excepted: Selection
 
 
-def _take_out(board: Switchboard, identity: int, space: Fd) -> None:
-    """Take out a mount, unless it is gone already. Raises KernelError where it stays."""
+def _take_out(board: Switchboard, identity: int, space: Fd, owner: int) -> None:
+    """Take out a mount, unless it is gone already; `owner` is its user namespace. Raises KernelError where it stays."""
     try:
-        board.take_out(identity, space)
-    except KernelError:
+        insist(partial(board.take_out, identity, space))
+    except KernelError as error:
         setns(space, Clone.NEWNS)
         try:
             look(identity)
         except KernelError:
             return
-        # In another user namespace that shares it inside, there is another way as long as nothing is locked.
+        # In another user namespace that shares it inside, there is another way as long as nothing is locked. Elsewhere
+        # those that share it are many, and of those from whom it was taken already it would take old.
+        if error.errno != errno.EINVAL or owner in (0, os.stat("/proc/thread-self/ns/user").st_ino):
+            raise
         board.tap(space, identity, ())
         board.take_out(identity, space)
 
