@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import time
 from pathlib import Path
@@ -22,8 +23,8 @@ from tests.kernel.scenes import BASE, Scene, Space, bind, end, image_files, moun
 from tests.kernel.walking import How, Order, do, walk
 from tuckctl.cli.run import run as run_tuckctl
 from tuckctl.errors import KernelError
-from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation
-from tuckctl.kernel.syscalls import listmount, mount_id, setns
+from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount
+from tuckctl.kernel.syscalls import listmount, mount_id, setns, umount2
 from tuckctl.kernel.watch import Look, Watch, end_with_parent
 from tuckctl.target import look
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from tuckctl.kernel.syscalls import Mount
 
 _PAUSE_US = 1000
-_SETTLED = 0.6
+_SETTLED = 5.0
 _OWN = {"sub/own": b"own", "file": b"own"}
 _CONTENTS = ("base", "a", "b")
 _COMMON = {"common": b"common"}
@@ -118,7 +119,7 @@ class Receiver(NamedTuple):
 
 
 class Stage:
-    """The scene, for one walk: a swap, a rollback, a detach, a first swap on a bare directory, a recovery.
+    """The scene, for one walk: a swap, a rollback, a detach, a first swap on a bare directory, a boot, a recovery.
 
     `cut` is where the swap was killed that is to be recovered.
     """
@@ -136,7 +137,7 @@ class Stage:
         if walk_name == "first":
             self.do("detach", self.argument)
         # From base, nothing leads to those that are no peers and no slaves.
-        for kind in _FOLLOWERS if walk_name == "first" else (*_FOLLOWERS, *_STRAYS):
+        for kind in _FOLLOWERS if walk_name in ("first", "boot") else (*_FOLLOWERS, *_STRAYS):
             self._add(kind)
         wait_until(lambda: all(receiver.onlooker.is_ready for receiver in self.receivers))
         self._processes = set(children())
@@ -180,6 +181,9 @@ class Stage:
                 self.do("detach", self.argument)
                 self.before = self.shape()
             return Task(self.swap_to("a"), "base", "a")
+        if self.walk == "boot":
+            self._reboot()
+            return Task(("boot",), "base", here)
         if self.walk in ("swap", "recover"):
             self._forget_copies()
         if self.walk == "recover":
@@ -189,6 +193,15 @@ class Stage:
         if self.walk == "swap":
             return Task(self.swap_to(other), here, other)
         return Task((self.walk, self.argument), here, "base" if self.walk == "detach" else other)
+
+    def _reboot(self) -> None:
+        """Take everything off, as a reboot does, and the run directory with it."""
+        while look(mount_id(AT_FDCWD, self.target)).point == self.target:
+            umount2(self.target, Umount.DETACH)
+        shutil.rmtree(self.scene.disk + b"/run")
+        current = Path(os.fsdecode(self._folder), "current.json")
+        current.write_text(json.dumps(json.loads(current.read_bytes()) | {"boot_id": "before"}), "ascii")
+        self.before = self.shape()
 
     def _forget_copies(self) -> None:
         """Drop the kept images that are not live, so that a swap has to make its copy."""
@@ -253,11 +266,13 @@ class Stage:
                     found[each] = mount
         return found
 
-    def mess(self, clean: Sequence[list[str]]) -> list[str]:
-        """Return in what the scene differs from what a clean run leaves, after some patience."""
+    def mess(self, clean: Sequence[list[str]], *, flags: bool = True) -> list[str]:
+        """Return in what the scene differs from what a clean run leaves, after some patience; flags may not count."""
+        if not flags:
+            clean = [_flagless(each) for each in clean]
         deadline = time.monotonic() + _SETTLED
         while True:
-            shape = self.shape()
+            shape = self.shape() if flags else _flagless(self.shape())
             found = [*self._files_left(), *self._others_left()]
             if shape not in clean:
                 best = min(clean, key=lambda each: len(set(each) ^ set(shape)))
@@ -297,6 +312,10 @@ class Stage:
             yield f"{len(devices)} loop devices: {devices}"
         if more := set(children()) - self._processes:
             yield f"processes {more}"
+
+
+def _flagless(shape: Sequence[str]) -> list[str]:
+    return [re.sub(r"<MountAttr[^>]*>", "", line) for line in shape]
 
 
 def _files(folder: bytes, below: str = "") -> Iterator[tuple[str, bytes]]:

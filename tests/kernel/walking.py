@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MARKER = b"/tuckctl-is-followed-from-here"
 _SOURCE = Path(__file__).with_name("walker.c")
-_NUMBERS, _PATH, _MOST = 1024, 160, 20000
+_NUMBERS, _PATH, _MOST = 1024, 160, 100_000
 # Newer than the C library's list may be; all machines have the same numbers here.
 _NEWER = {
     "fchmodat2": 452,
