@@ -22,7 +22,7 @@ from tests.kernel.test_hostile import LIMIT
 
 pytestmark = needs_root
 
-_SAMPLE = 8
+_SAMPLE = 5
 """Of some sixty calls."""
 
 

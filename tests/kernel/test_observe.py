@@ -17,6 +17,7 @@ from tests.documents import check
 from tests.kernel.cgroups import CONTAINER, in_cgroup, unit
 from tests.kernel.lab import deny_ioctls, in_own_processes, may_see_every_process, needs_root
 from tests.kernel.scenes import Scene, Space, bind, end, failure, in_scene, mount_on, take_off
+from tests.kernel.test_hostile import give_up_looking_into_processes
 from tuckctl.errors import PartialError
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Propagation
@@ -380,6 +381,24 @@ def test_in_a_process_namespace_of_its_own_the_others_are_counted_as_not_seen(di
             return error.exit_code, error.code, helpful, tuckctl.status(scene.target).targets[0].unseen
 
     assert in_own_processes(work) == (6, "namespaces-unseen", True, 1)
+
+
+def test_who_may_not_look_into_processes_is_told_that_some_are_not_seen(disk: bytes) -> None:
+    """The kernel does not list namespaces, and /proc does not say in which a process with more rights lives."""
+
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        deny_ioctls(LISTING)
+        give_up_looking_into_processes()
+        error = failure(lambda: scene.swap("b"))
+        assert (error.exit_code, error.code, error.hint) == (
+            6, "namespaces-unseen", "run it with the rights to see them",
+        )  # fmt: skip
+        assert error.result is not None
+        assert error.result.targets[0].unseen == 1
+        assert scene.which() == b"b"
+
+    in_scene(disk, work)
 
 
 def test_a_name_that_is_no_utf8_is_told_in_base64_as_well(disk: bytes) -> None:
