@@ -83,12 +83,29 @@ struct tuck_match {
 struct tuck_replacement {
     int32_t space;
     int32_t clone;
+    uint64_t namespace_id;
+    uint64_t clone_id;
     uint64_t mount_id;
     uint64_t parent_id;
     struct tuck_dev device; /* the clone's */
     const char *point;
     int32_t placed;
     int32_t error;
+};
+
+/* A mount of some namespace. Told of it are where its facts begin in a text, and the first of the mounts that lie on
+ * it or below it and have ids beyond `after`, 0 for none; or why nothing could be told, as -errno. */
+struct tuck_facts {
+    uint64_t namespace_id;
+    uint64_t mount_id;
+    uint64_t above;
+    uint32_t offset;
+    int32_t error;
+};
+
+struct tuck_process {
+    int32_t pid;
+    uint64_t mount_namespace; /* the inode of its nsfs file */
 };
 
 /* What a thread holds, or its process, whose number it has then. Where only the device number told of it, mount_id
@@ -151,6 +168,9 @@ int tuck_namespace_id(int namespace_fd, uint64_t *ret_id);
 int tuck_namespace_info(int namespace_fd, struct tuck_namespace *ret_namespace);
 int tuck_namespace_next(int namespace_fd, struct tuck_namespace *ret_namespace);
 int tuck_namespace_previous(int namespace_fd, struct tuck_namespace *ret_namespace);
+/* The same, and only its id is told. */
+int tuck_namespace_after(int namespace_fd, uint64_t *ret_id);
+int tuck_namespace_before(int namespace_fd, uint64_t *ret_id);
 int tuck_namespace_owner(int namespace_fd);
 /* Opens the next namespace, or the one before, whose id is one of these; they are in ascending order. */
 int tuck_namespace_seek(int namespace_fd, int forwards, const uint64_t *ids, size_t count, uint64_t *ret_id);
@@ -160,6 +180,10 @@ int tuck_namespace_seek(int namespace_fd, int forwards, const uint64_t *ids, siz
  * fails, `error` says -errno.
  * `placed` says whether the clone lies there. It leaves the calling thread in one of the namespaces. */
 void tuck_replace(struct tuck_replacement *replacements, size_t count);
+/* The same in every namespace that has one of these ids; they are in ascending order. Each gets a private clone of
+ * `source`, which is left open where it lies beneath the mount and did not take its place. Where the namespace is not
+ * found, `error` says so. It leaves the calling thread in the namespace `home`, of which source has to be. */
+int tuck_replace_everywhere(int home, int source, struct tuck_replacement *replacements, size_t count);
 /* Unmounts each of these, one right after the other, up to the first that fails: 0 or its -errno. */
 int tuck_umount_each(const char *const *paths, const int *flags, size_t count, size_t *ret_done);
 
@@ -181,6 +205,15 @@ int64_t tuck_find_mounts(const struct tuck_namespace *namespaces, size_t namespa
 int64_t tuck_find_everywhere(int namespace_fd, uint64_t after, const struct tuck_dev *devices, size_t device_count,
                              size_t covered_count, const struct tuck_match *known, size_t known_count,
                              struct tuck_match *ret_matches, size_t count, size_t *ret_unseen);
+/* Tells of many mounts, each by a struct tuck_statmount in the text. Returns how many found room there. */
+int64_t tuck_statmount_each(struct tuck_facts *mounts, size_t count, uint64_t mask, uint64_t after, char *ret_text,
+                            size_t size);
+/* The processes whose mount namespaces may be known. */
+int64_t tuck_list_processes(int proc, struct tuck_process *ret_processes, size_t count);
+/* Reads the same file of many processes one after the other, and where each ends; one that cannot be read is empty.
+ * Returns how many found room. */
+int64_t tuck_read_each(int proc, const int32_t *pids, size_t count, const char *name, char *ret_text, size_t size,
+                       size_t *ret_ends);
 int64_t tuck_find_holders(int proc, const uint64_t *mount_ids, size_t mount_count, const struct tuck_dev *devices,
                           size_t device_count, struct tuck_holder *ret_holders, size_t count, size_t *ret_unseen);
 

@@ -2,6 +2,7 @@
 #include "floor.h"
 
 #include <errno.h>
+#include <stdalign.h>
 #include <stdbool.h>
 #include <stdlib.h>
 #include <sys/ioctl.h>
@@ -40,6 +41,20 @@ static int step(int namespace_fd, unsigned long direction, struct mnt_ns_info_ *
     *ret_info = (struct mnt_ns_info_){.size = sizeof *ret_info};
     int fd = ioctl(namespace_fd, direction, ret_info);
     return fd < 0 ? -errno : fd;
+}
+
+int tuck_namespace_after(int namespace_fd, uint64_t *ret_id) {
+    struct mnt_ns_info_ info;
+    int fd = step(namespace_fd, NSFS_MNT_GET_NEXT, &info);
+    *ret_id = info.mnt_ns_id;
+    return fd;
+}
+
+int tuck_namespace_before(int namespace_fd, uint64_t *ret_id) {
+    struct mnt_ns_info_ info;
+    int fd = step(namespace_fd, NSFS_MNT_GET_PREV, &info);
+    *ret_id = info.mnt_ns_id;
+    return fd;
 }
 
 static int neighbour(int namespace_fd, unsigned long direction, struct tuck_namespace *ret_namespace) {
@@ -297,4 +312,29 @@ int64_t tuck_find_everywhere(int namespace_fd, uint64_t after, const struct tuck
     if (error == 0)
         error = search_towards(&search, namespace_fd, NSFS_MNT_GET_NEXT);
     return error < 0 ? error : search.found;
+}
+
+int64_t tuck_statmount_each(struct tuck_facts *mounts, size_t count, uint64_t mask, uint64_t after, char *ret_text,
+                            size_t size) {
+    size_t used = 0;
+    for (size_t i = 0; i < count; i++) {
+        struct tuck_facts *one = &mounts[i];
+        if (size - used < sizeof(struct tuck_statmount))
+            return (int64_t)i;
+        struct tuck_statmount *mount = (struct tuck_statmount *)(void *)(ret_text + used);
+        one->above = 0;
+        one->offset = (uint32_t)used;
+        one->error = tuck_statmount(one->mount_id, one->namespace_id, mask, mount, size - used);
+        if (one->error == -EOVERFLOW)
+            return (int64_t)i;
+        if (one->error < 0)
+            continue;
+        int64_t listed = tuck_listmount(one->mount_id, one->namespace_id, after, &one->above, 1);
+        if (listed < 0)
+            one->error = (int32_t)listed;
+        size_t next = used + mount->size;
+        next += -next % alignof(struct tuck_statmount);
+        used = next < size ? next : size;
+    }
+    return (int64_t)count;
 }

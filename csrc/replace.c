@@ -16,13 +16,19 @@ enum {
     MOVE_F_EMPTY_PATH = 0x4,
     MOVE_T_EMPTY_PATH = 0x40,
     MOVE_BENEATH = 0x200,
+    CLONE_TREE = 1,
     SB_BASIC = 1,
     MNT_BASIC = 2,
 };
 
-/* The walk asks no filesystem for what the kernel does not have in its memory: it cannot hang. */
+/* The walk asks no filesystem for what the kernel does not have in its memory: it cannot hang. It fails in the same
+ * way where someone mounts something, anywhere, while it goes on. */
 static int walk(int directory, const char *path) {
-    return tuck_openat2(directory, path, O_PATH | O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS_ | RESOLVE_CACHED_);
+    enum { TRIES = 16 };
+    int fd = -EAGAIN;
+    for (int i = 0; i < TRIES && fd == -EAGAIN; i++)
+        fd = tuck_openat2(directory, path, O_PATH | O_CLOEXEC, 0, RESOLVE_NO_SYMLINKS_ | RESOLVE_CACHED_);
+    return fd;
 }
 
 static int reach(const struct tuck_replacement *wanted, int directory, const char *path) {
@@ -101,14 +107,93 @@ static int take_off(const struct tuck_replacement *wanted) {
     return tuck_statmount(wanted->mount_id, 0, MNT_BASIC, &mount, sizeof mount) == -ENOENT ? 0 : -ESTALE;
 }
 
+static void replace(struct tuck_replacement *one) {
+    one->placed = 0;
+    one->error = put_beneath(one);
+    if (one->error == 0)
+        one->error = take_off(one);
+}
+
 void tuck_replace(struct tuck_replacement *replacements, size_t count) {
-    for (size_t i = 0; i < count; i++) {
-        struct tuck_replacement *one = &replacements[i];
-        one->placed = 0;
-        one->error = put_beneath(one);
-        if (one->error == 0)
-            one->error = take_off(one);
+    for (size_t i = 0; i < count; i++)
+        replace(&replacements[i]);
+}
+
+/* The clone is of home, and can be made there only. */
+static int make_clone(int home, int source, struct tuck_replacement *one) {
+    int error = tuck_setns(home, CLONE_NEWNS);
+    if (error < 0)
+        return error;
+    int clone = tuck_open_tree_attr(source, "", CLONE_TREE | O_CLOEXEC | EMPTY_PATH_, 0, 0, MS_PRIVATE, 0);
+    if (clone < 0)
+        return clone;
+    one->clone = clone;
+    return tuck_mount_id(clone, "", EMPTY_PATH_, &one->clone_id);
+}
+
+static void replace_by_clone(int home, int source, int space, struct tuck_replacement *one) {
+    one->space = space;
+    one->error = make_clone(home, source, one);
+    if (one->error == 0)
+        replace(one);
+    one->space = -1;
+    if (one->clone >= 0 && (one->error == 0 || !one->placed)) {
+        close(one->clone);
+        one->clone = -1;
     }
+}
+
+struct search {
+    int home;
+    int source;
+    struct tuck_replacement *replacements;
+    size_t count;
+};
+
+static void replace_in(const struct search *search, int space, uint64_t id) {
+    size_t low = 0, high = search->count;
+    while (low < high) {
+        size_t middle = low + (high - low) / 2;
+        if (search->replacements[middle].namespace_id < id)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    for (; low < search->count && search->replacements[low].namespace_id == id; low++)
+        replace_by_clone(search->home, search->source, space, &search->replacements[low]);
+}
+
+static int replace_towards(const struct search *search, int (*step)(int, uint64_t *)) {
+    int current = search->home;
+    for (;;) {
+        uint64_t id;
+        int next = step(current, &id);
+        if (current != search->home)
+            close(current);
+        if (next < 0)
+            return next == -ENOENT ? 0 : next;
+        replace_in(search, next, id);
+        current = next;
+    }
+}
+
+int tuck_replace_everywhere(int home, int source, struct tuck_replacement *replacements, size_t count) {
+    const struct search search = {home, source, replacements, count};
+    uint64_t own;
+    int left, error = tuck_namespace_id(home, &own);
+    if (error < 0)
+        return error;
+    for (size_t i = 0; i < count; i++) {
+        replacements[i].space = replacements[i].clone = -1;
+        replacements[i].placed = 0;
+        replacements[i].error = -ESRCH;
+    }
+    replace_in(&search, home, own);
+    error = replace_towards(&search, tuck_namespace_after);
+    if (error == 0)
+        error = replace_towards(&search, tuck_namespace_before);
+    left = tuck_setns(home, CLONE_NEWNS);
+    return error < 0 ? error : left;
 }
 
 int tuck_umount_each(const char *const *paths, const int *flags, size_t count, size_t *ret_done) {

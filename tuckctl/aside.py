@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -131,7 +131,8 @@ class Asides:
         if self._journal is not None and (asides or others):
             self._journal.step("aside", [aside.match for aside in asides if aside.match is not None])
         out_of_reach = self._tap([*asides, *others])
-        isolate = self._old is not None and bool(children(self._old.id))
+        # Whether old has submounts is asked only where it matters: the kernel looks at the whole namespace for it.
+        isolate = bool(asides) and self._old is not None and bool(children(self._old.id))
         for aside, space in in_spaces([*asides, *others]):
             if aside.reason == LOCKED and aside.mount_id in out_of_reach:
                 continue  # it follows as it is, which is a hazard
@@ -211,7 +212,7 @@ class Asides:
                 below = look(look(aside.mount_id, aside.namespace_id).parent_id, aside.namespace_id)
                 if new().is_copy(below) and aside.match is not None:
                     self.locked.add(below.id)
-                    locked[aside.mount_id] = replace(aside.match, parent_id=below.id)
+                    locked[aside.mount_id] = aside.match._replace(parent_id=below.id)
                     del self._asides[aside.mount_id]
         stale = tuple(match for match in found.stale if match.mount_id not in locked)
         return Arrival((*found.follow, *locked.values()), stale, found.alone, found.unseen)

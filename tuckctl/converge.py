@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,7 @@ from tuckctl.kernel.syscalls import (
     umount2,
 )
 from tuckctl.kernel.threads import on_thread
+from tuckctl.plain import bring_plain
 from tuckctl.receivers import place_of, reason_of
 from tuckctl.relations import New, Relations
 from tuckctl.spaces import in_spaces, insist, is_folder, is_gone, reach, relative, unmount, walk
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 
     from tuckctl.journal import Journal, Mounted
     from tuckctl.kernel.syscalls import Match, Mount
+    from tuckctl.plain import Brought
     from tuckctl.receivers import Arrival, Place
     from tuckctl.selection import Selection
     from tuckctl.target import Content
@@ -167,6 +169,8 @@ class Convergence:
         self._asides = Asides(path, old, self._board, self._stack, journal)
         self._relations = Relations(old, self._board.home, self._stack)
         self._placed: list[_Stray] = []
+        self._lying: dict[int, Brought] = {}
+        """Those beneath whose mounts new lies, and who use them, by the ids of their mounts."""
         self._is_placing = False
         self._known: New | None = None
 
@@ -379,10 +383,46 @@ class Convergence:
         try:
             new = self._look_at_new()
             self._relations.note_masters(wanted)
-            for chunk in self._chunks(wanted):
+            for chunk in self._chunks(self._bring_plain(wanted, new)):
                 on_thread(partial(self._bring_all, chunk, new, patient=patient))
         except (KernelError, OSError, RuntimeError):
             self._give_up(wanted)
+        finally:
+            while self._lying:
+                self._lying.popitem()[1].close()
+
+    def _bring_plain(self, wanted: Sequence[Match], new: New) -> list[Match]:
+        """Bring those who have nothing of their own but the mount in one call; return the others."""
+        plain = [(match, root) for match in wanted if (root := self._plain_root(match, new)) is not None]
+        done = set()
+        for one in bring_plain(plain, self._path, self._board.home, new) if plain else ():
+            if one.clone_id:
+                self.converged[one.clone_id] = one.reason
+                self._beneath[one.clone_id] = one.match.mount_id
+            if one.is_done:
+                done.add(one.match.mount_id)
+            elif one.clone is not None:
+                self._lying[one.match.mount_id] = one
+        return [match for match in wanted if match.mount_id not in done]
+
+    def _plain_root(self, match: Match, new: New) -> bytes | None:
+        """Return the root of what a receiver shows, where it has no relations, and no flags but those that all have."""
+        shown = next((each for each in self._shown if each.device == match.device), None)
+        before = self._before.get(match.mount_id, self._asides.original(match))
+        is_plain = (
+            shown is not None
+            and before.raw_propagation == Propagation.PRIVATE
+            and not (before.peer_group or before.master)
+            and before.attributes == shown.attributes
+            and not (before.attributes | new.facts.attributes) & MountAttr.IDMAP
+            and not new.is_base
+            and not self.excepted(match)
+            and match.mount_id not in self._recalled
+            and self._asides.reason(match.mount_id) is None
+            and not self._asides.is_foreign(match)
+            and not self._relations.is_slave_of_old(before)
+        )
+        return shown.root if is_plain and shown is not None else None
 
     def _give_up(self, wanted: Iterable[Match]) -> None:
         """Note who is not on the new content, which is live and cannot be taken back any more."""
@@ -421,8 +461,13 @@ class Convergence:
                 before = self._before.get(mount.id, self._asides.original(match))
                 told = self._recalled.get(mount.id)
                 if told is not None:
-                    before = replace(before, peer_group=told.peer_group, master=told.master)
-                return _Stray(before, shown, reason, mount, mount)
+                    before = before._replace(peer_group=told.peer_group, master=told.master)
+                stray = _Stray(before, shown, reason, mount, mount)
+                if mount.id in self._lying:
+                    lying = self._lying.pop(mount.id)
+                    stray.clone, stray.reason, stray.ids = lying.release(), lying.reason, (mount.id,)
+                    stray.is_placed = True
+                return stray
         return None
 
     # On a thread that may change its namespace.
@@ -444,7 +489,8 @@ class Convergence:
         try:
             for stray, _ in chunk:
                 with self._failing(stray):
-                    self._clone(stray, new)
+                    if not stray.is_placed:
+                        self._clone(stray, new)
             self._note([stray for stray, _ in chunk if not stray.clone.closed])
             self._replace_simple(chunk, new)
             for stray, space in chunk:
@@ -464,7 +510,8 @@ class Convergence:
             return
         if stray.is_placed:
             setns(space, Clone.NEWNS)
-            stray.parent = look(stray.mount.parent_id)
+            below = look(stray.mount.parent_id)
+            stray.parent = look(below.parent_id) if below.id in self.converged else below
             self._take_off(stray, space, patient=patient)
         elif self._rests_on_base(stray, space, new):
             self._take_off(stray, space, patient=patient)
@@ -531,6 +578,7 @@ class Convergence:
         """Whether all of a directory is to be replaced, and the clone then is what it has to be."""
         return not (
             new.is_base
+            or stray.is_placed
             or stray.clone.closed
             or stray.mount.root != stray.shown.root
             or stray.match.propagation & Propagation.UNBINDABLE

@@ -81,6 +81,8 @@ class Revealed:
     """The ids of those that were slaves of what was replaced."""
     places: Mapping[int, Seat]
     """Where those of the replaced ones were that did not follow."""
+    earlier: int = 0
+    """Up to this id, no mount lies on what is shown, unless it was moved there."""
 
     @property
     def left(self) -> tuple[Match, ...]:
@@ -213,7 +215,7 @@ class Exchange:
         devices = [new.device] + ([self.old.device] if self.old else [])
         shown = [new, self.old] if self.old else [new]
         covered = [self.old.device] if self.old else ()
-        sight = self._sight = observe(devices, self._earlier, covered=covered, shown=shown)
+        sight = self._sight = observe(devices, self.earlier, covered=covered, shown=shown)
         fresh = Sight(
             tuple(m for m in sight.matches if m.mount_id >= self.new_id or m.device != new.device), sight.unseen
         )
@@ -267,7 +269,7 @@ class Exchange:
         return self.old is not None and self.target.top_id() == self.new_id
 
     @property
-    def _earlier(self) -> int:
+    def earlier(self) -> int:
         """The id up to which no mount can show old or new: those need no look."""
         return max(self._first - 1, 0) if self.old is not None else self.new_id - 1
 
@@ -294,7 +296,7 @@ class Exchange:
         new = look(self.new_id)
         devices = [new.device, *([self.old.device] if self.old else []), *(content.device for content in self.left)]
         shown: list[Mount | Content] = [new, *([self.old] if self.old else []), *self.left]
-        sight = observe(devices, 0 if self.left else self._earlier, known=self._sight, shown=shown)
+        sight = observe(devices, 0 if self.left else self.earlier, known=self._sight, shown=shown)
         receivers = tuple(match for match in copies_of(sight, new) if match.mount_id >= self.new_id)
         # A directory, or a part of it, may follow itself: what is new has the same superblock then.
         mine = {match.mount_id for match in receivers}
@@ -577,7 +579,7 @@ def _undo(parts: Sequence[Part], error: BaseException) -> None:
 
 def _finish(part: Part, receivers: str, enter: Callable[[str], None]) -> Revealed:
     part.convergence.finish()
-    return converge(
+    revealed = converge(
         part.convergence,
         part.exchange.verify_revealed,
         shown=part.exchange.new_id,
@@ -585,6 +587,7 @@ def _finish(part: Part, receivers: str, enter: Callable[[str], None]) -> Reveale
         receivers=receivers,
         enter=enter,
     )
+    return replace(revealed, earlier=part.exchange.earlier)
 
 
 def converge(

@@ -40,6 +40,7 @@ def present(revealed: Revealed, generation: int, target: bytes) -> tuple[Receive
         generation=generation,
         brought=revealed.converged,
         unlocked=unlocked(revealed.receivers, target, but=revealed.locked),
+        after=revealed.earlier,
     )
 
 

@@ -11,7 +11,8 @@ import re
 from typing import TYPE_CHECKING
 
 from tuckctl.frozen import frozen
-from tuckctl.kernel.syscalls import quoted, show
+from tuckctl.kernel.fd import Fd
+from tuckctl.kernel.syscalls import list_processes, quoted, read_each, show
 from tuckctl.results import Caller
 
 if TYPE_CHECKING:
@@ -64,6 +65,9 @@ class Owner:
     """Whose service manager the unit belongs to, where that is not the system's."""
 
 
+NO_ONE = Owner(None, None, None)
+
+
 @functools.lru_cache(maxsize=1024)
 def owner_in(cgroups: str) -> Owner:
     """Read the owner from the text of /proc/PID/cgroup (cgroups(7)); the unit is the innermost service or scope.
@@ -102,7 +106,7 @@ def _manager_of(units: Sequence[str]) -> int | None:
     return int(found[1]) if found is not None else None
 
 
-_NOBODY = 2**32 - 1
+_NO_LOGIN = 2**32 - 1
 """The login uid of a process that nobody's login led to (proc_pid_loginuid(5))."""
 
 
@@ -111,7 +115,7 @@ def caller() -> Caller:
     uid = os.getuid()
     with contextlib.suppress(OSError, ValueError):
         login = int(_read("/proc/self/loginuid"))
-        uid = login if login != _NOBODY else uid
+        uid = login if login != _NO_LOGIN else uid
     return Caller(uid, _user(uid), owner_of(os.getpid()).unit)
 
 
@@ -139,15 +143,23 @@ class Owners:
 
     def of(self, pid: int) -> Owner:
         """Return who answers for a process; nobody when it is gone or hidden."""
-        try:
-            owner = owner_in(_read(f"/proc/{pid}/cgroup"))
-        except OSError:
-            return Owner(None, None, None)
-        if owner.container is None and (watched := self._watched(pid)) is not None:
-            return Owner(owner.unit, watched.container, watched.engine, watched.namespace)
-        return owner
+        return self.of_each([pid])[0]
 
-    def _watched(self, pid: int) -> Owner | None:
+    def of_each(self, pids: Sequence[int]) -> list[Owner]:
+        """Return who answers for each of many processes."""
+        if not pids:
+            return []
+        with Fd(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as proc:
+            owners = [owner_in(_text(cgroups)) if cgroups else NO_ONE for cgroups in read_each(proc, pids, "cgroup")]
+            alone = [pid for pid, owner in zip(pids, owners, strict=True) if owner.container is None]
+            stats = dict(zip(alone, read_each(proc, alone, "stat"), strict=True))
+        for number, pid in enumerate(pids):
+            watched = self._watched(pid, stats[pid]) if stats.get(pid) else None
+            if watched is not None:
+                owners[number] = Owner(owners[number].unit, watched.container, watched.engine, watched.namespace)
+        return owners
+
+    def _watched(self, pid: int, stat: bytes) -> Owner | None:
         """Return the container that the outermost monitor above a process is there for.
 
         A container may be without a cgroup of its own (`--cgroups=disabled`), or have one that does not tell
@@ -157,9 +169,11 @@ class Owners:
         found = []
         with contextlib.suppress(OSError, ValueError, IndexError):
             while pid > 1 and pid not in self._above:
-                name, fields = stat_of(_read(f"/proc/{pid}/stat"))
+                name, fields = stat_of(_text(stat))
                 found.append((pid, _waits_for(pid) if name in ("conmon", "containerd-shim") else None))
                 pid = int(fields[1])
+                if pid > 1 and pid not in self._above:
+                    stat = _read(f"/proc/{pid}/stat")
         owner = self._above.get(pid)
         for below, its in reversed(found):
             self._above[below] = owner = owner or its
@@ -177,10 +191,14 @@ def _waits_for(pid: int) -> Owner | None:
     if os.stat(f"/proc/{pid}").st_uid not in (0, os.geteuid()):
         return None
     program = os.path.basename(os.readlink(f"/proc/{pid}/exe"))
-    return watched_by(program.removesuffix(" (deleted)"), _read(f"/proc/{pid}/cmdline").split("\0"))
+    return watched_by(program.removesuffix(" (deleted)"), _text(_read(f"/proc/{pid}/cmdline")).split("\0"))
 
 
-def _read(path: str) -> str:
+def _text(content: bytes) -> str:
+    return content.decode("utf-8", "backslashreplace")
+
+
+def _read(path: str) -> bytes:
     """Read a small file of /proc; io.open asks the kernel twice as much."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -190,7 +208,7 @@ def _read(path: str) -> str:
             text += part
     finally:
         os.close(fd)
-    return text.decode("utf-8", "backslashreplace")
+    return text
 
 
 def watched_by(program: str, words: Sequence[str]) -> Owner | None:
@@ -218,7 +236,7 @@ def oldest(pids: Sequence[int]) -> int:
     started = {}
     for pid in pids:
         with contextlib.suppress(OSError, ValueError, IndexError):
-            started[pid] = int(stat_of(_read(f"/proc/{pid}/stat"))[1][19])
+            started[pid] = int(stat_of(_text(_read(f"/proc/{pid}/stat")))[1][19])
     return min(started, key=lambda pid: (started[pid], pid), default=min(pids))
 
 
@@ -281,9 +299,7 @@ def is_in_process_namespace() -> bool:
 def by_namespace() -> dict[int, list[int]]:
     """Return the processes of each mount namespace, by the inode of its nsfs file."""
     found: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with contextlib.suppress(OSError, ValueError):
-                inode = int(os.readlink(f"/proc/{name}/ns/mnt")[5:-1])
-                found.setdefault(inode, []).append(int(name))
+    with Fd(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as proc:
+        for pid, inode in list_processes(proc):
+            found.setdefault(inode, []).append(pid)
     return found

@@ -32,10 +32,19 @@ from tuckctl.kernel.syscalls import (
 )
 from tuckctl.kernel.threads import in_namespace, on_thread, own_namespace
 from tuckctl.overlay import generation_of
-from tuckctl.processes import Owner, Owners, by_namespace, hides_some, is_in_process_namespace, oldest, remedy
+from tuckctl.processes import (
+    NO_ONE,
+    Owner,
+    Owners,
+    by_namespace,
+    hides_some,
+    is_in_process_namespace,
+    oldest,
+    remedy,
+)
 from tuckctl.results import Receiver
 from tuckctl.spaces import NO_LISTING, in_spaces, is_gone, lived_in, reach
-from tuckctl.target import Content, look
+from tuckctl.target import Content, look, look_at_each
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -62,7 +71,8 @@ class Sight:
 
     def of(self, device: tuple[int, int]) -> list[Match]:
         """Return the mounts of one superblock."""
-        return [match for match in self.matches if match.device == device]
+        major, minor = device
+        return [match for match in self.matches if match.major == major and match.minor == minor]
 
 
 def observe(
@@ -284,11 +294,18 @@ def _is_locked(mount: Mount, space: Fd) -> bool:
     return False
 
 
-def reason_of(match: Match, target: bytes, *, mount: Mount | None = None, place: Place | None = None) -> str:
-    """Say why propagation does not carry the tuck to this copy; `mount` and `place` are given by who knows them."""
+def reason_of(
+    match: Match,
+    target: bytes,
+    *,
+    mount: Mount | None = None,
+    parent: Mount | None = None,
+    place: Place | None = None,
+) -> str:
+    """Say why propagation does not carry the tuck to this copy; who knows its mount and the others gives them."""
     try:
         mount = mount or look(match.mount_id, match.namespace_id)
-        parent = look(match.parent_id, match.namespace_id)
+        parent = parent or look(match.parent_id, match.namespace_id)
         if not _is_in_place(mount, parent, match.namespace_id, place or place_of(target)):
             return "bind"
         if not parent.peer_group and not parent.master:
@@ -313,6 +330,7 @@ def describe(
     reasons: Mapping[int, str] = MappingProxyType({}),
     unlocked: Collection[int] = (),
     thorough: bool = False,
+    after: int = 0,
 ) -> tuple[Receiver, ...]:
     """Turn mounts into receivers, with the processes of each namespace and who answers for them.
 
@@ -323,24 +341,28 @@ def describe(
     names; `generation` then is that of the mounts that show `content`, whatever their source.
 
     What covers a directory above one is looked for where it matters to a swap, or where `thorough`: of a thousand
-    receivers that followed by themselves, it would take as long as all the rest.
+    receivers that followed by themselves, it would take as long as all the rest. What lies on one is told as far as
+    its id is beyond `after`: the kernel looks at all the mounts of a namespace that have such ids.
     """
     matches = tuple(matches)
     if not matches:
         return ()
-    processes, owners = by_namespace(), Owners()
+    inhabitants = _inhabitants({match.namespace_inode for match in matches})
     here = os.stat("/proc/thread-self/ns/mnt").st_ino
     found = []
-    for match in matches:
+    for match, told in zip(
+        matches, look_at_each([(match.namespace_id, match.mount_id) for match in matches], after), strict=True
+    ):
+        if told is None:
+            continue  # its namespace is gone, and with it the receiver
+        mount, above = told
         try:
-            mount: Mount = look(match.mount_id, match.namespace_id)
-            submounts, cover = _on_top(mount)
+            submounts, cover = _on_top(mount, after) if above else ((), None)
             if cover is None and (state != "updated" or thorough):
                 cover = _cover_around(mount)
         except KernelError:
-            continue  # its namespace is gone, and with it the receiver
-        pids = tuple(sorted(processes.get(match.namespace_inode, ())))
-        owner = owners.of(oldest(pids)) if pids else _NOBODY
+            continue
+        pids, owner = inhabitants.get(match.namespace_inode, ((), NO_ONE))
         shows = content is not None and (mount.device, mount.source) == (content.device, content.source)
         same = generation if shows and content is not None and mount.root.startswith(content.root) else None
         reason = brought.get(match.mount_id, reasons.get(match.mount_id))
@@ -370,7 +392,11 @@ def describe(
     return tuple(found)
 
 
-_NOBODY = Owner(None, None, None)
+def _inhabitants(spaces: Collection[int]) -> dict[int, tuple[tuple[int, ...], Owner]]:
+    """Tell the processes of mount namespaces, by their inodes, and who answers for the oldest one in each."""
+    found = {inode: tuple(sorted(pids)) for inode, pids in by_namespace().items() if inode in spaces}
+    owners = Owners().of_each([oldest(pids) for pids in found.values()])
+    return {inode: (pids, owner) for (inode, pids), owner in zip(found.items(), owners, strict=True)}
 
 
 def _remedy(path: bytes, pids: Sequence[int], owner: Owner, *, is_here: bool) -> str | None:
@@ -389,9 +415,9 @@ def _propagation(match: Match) -> str:
     return "unbindable" if match.propagation & Propagation.UNBINDABLE else "private"
 
 
-def _on_top(mount: Mount) -> tuple[tuple[bytes, ...], bytes | None]:
+def _on_top(mount: Mount, after: int) -> tuple[tuple[bytes, ...], bytes | None]:
     """Return where something is mounted on a mount, and its own path if something covers it there."""
-    below = mount_points(mount.id, mount.namespace_id)
+    below = mount_points(mount.id, mount.namespace_id, after)
     if not below:
         return (), None
     cover = next((point for _, parent, point in below if parent == mount.id and point == mount.point), None)

@@ -79,9 +79,9 @@ class Selection:
             existing = set(processes)
             with contextlib.suppress(KernelError):
                 existing.update(space.inode for space in list_namespaces(here))
-        owners = Owners()
         # As receivers are told: a container's monitor, say, lives in the namespace of another one's processes.
-        named = {inode: owners.of(oldest(pids)) for inode, pids in processes.items()}
+        first = [oldest(pids) for pids in processes.values()]
+        named = dict(zip(processes, Owners().of_each(first), strict=True))
         for selector in selectors:
             number = _number(selector)
             found: set[int] = set()

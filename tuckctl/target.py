@@ -25,11 +25,13 @@ from tuckctl.kernel.syscalls import (
     openat2,
     show,
     statmount,
+    statmount_each,
     umount2,
 )
 from tuckctl.kernel.threads import in_private_copy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import TracebackType
     from typing import Self
 
@@ -64,6 +66,14 @@ class Content:
 def look(identity: int, namespace_id: int = 0) -> Mount:
     """Tell everything of one mount."""
     return statmount(identity, _ALL, namespace_id)
+
+
+def look_at_each(mounts: Sequence[tuple[int, int]], after: int = 0) -> list[tuple[Mount, int] | None]:
+    """Tell everything of many mounts, each given by the id of its namespace and its own; None for who is gone.
+
+    With each comes the first of those that lie on it and have ids beyond `after`, 0 for none.
+    """
+    return statmount_each(mounts, _ALL, after)
 
 
 def children(identity: int, namespace_id: int = 0) -> list[Mount]:

@@ -290,6 +290,76 @@ static void what_is_mounted(void) {
     FAILS(tuck_openat2(AT_FDCWD, "lower", O_RDONLY | O_CLOEXEC, 0, 1u << 30), EINVAL);
 }
 
+static void many_mounts(void) {
+    enum { FACTS = SB_BASIC | MNT_BASIC | MNT_POINT };
+    static union {
+        struct tuck_statmount mount;
+        char text[4096];
+    } room;
+    SYS(mkdir("many", 0755));
+    mount_tmpfs("many");
+    SYS(mkdir("many/below", 0755));
+    mount_tmpfs("many/below");
+    struct tuck_facts each[] = {
+        {.mount_id = id_of("many")}, {.mount_id = UINT64_MAX - 1}, {.mount_id = id_of("many/below")}};
+
+    TRUE(OK(tuck_statmount_each(each, 3, FACTS, 0, room.text, sizeof room)) == 3);
+    const struct tuck_statmount *first = (const void *)(room.text + each[0].offset);
+    const struct tuck_statmount *last = (const void *)(room.text + each[2].offset);
+    TRUE(each[0].error == 0 && each[0].above == each[2].mount_id && first->mnt_id == each[0].mount_id);
+    TRUE(each[1].error == -ENOENT && each[1].above == 0);
+    TRUE(each[2].error == 0 && each[2].above == 0 && last->mnt_parent_id == first->mnt_id);
+    const char *point = last->str + last->mnt_point;
+    TRUE(strcmp(point + strlen(point) - 11, "/many/below") == 0);
+
+    /* What lies on it is told where it is new enough; where there is no room, as far as there is. */
+    TRUE(OK(tuck_statmount_each(each, 1, FACTS, each[2].mount_id, room.text, sizeof room)) == 1);
+    TRUE(each[0].above == 0);
+    TRUE(OK(tuck_statmount_each(each, 3, FACTS, 0, room.text, sizeof room.mount + 1)) == 0);
+    TRUE(OK(tuck_statmount_each(each, 3, FACTS, 0, room.text, first->size + 8 + sizeof room.mount)) == 2);
+    TRUE(OK(tuck_statmount_each(each, 3, FACTS, 0, room.text, sizeof room.mount - 1)) == 0);
+    TRUE(OK(tuck_statmount_each(each, 0, FACTS, 0, room.text, 0)) == 0);
+    OK(tuck_umount2("many/below", 0));
+    OK(tuck_umount2("many", 0));
+    SYS(rmdir("many"));
+}
+
+static void processes(void) {
+    enum { MOST = 65536 };
+    struct tuck_process *found = calloc(MOST, sizeof *found), none;
+    struct stat status;
+    const int32_t own = (int32_t)getpid();
+    TRUE(found != NULL);
+    int proc = SYS(open("/proc", O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+    SYS(stat("/proc/self/ns/mnt", &status));
+    int64_t count = OK(tuck_list_processes(proc, found, MOST)), mine = -1;
+    TRUE(count >= 1 && count <= MOST);
+    for (int64_t i = 0; i < count; i++)
+        if (found[i].pid == own)
+            mine = i;
+    TRUE(mine >= 0 && found[mine].mount_namespace == status.st_ino);
+    TRUE(OK(tuck_list_processes(proc, &none, 0)) >= 1);
+    FAILS(tuck_list_processes(NO_SUCH_FD, found, MOST), EBADF);
+    free(found);
+
+    const int32_t pids[] = {own, INT32_MAX, own};
+    size_t ends[3];
+    char text[4096], alone[64];
+    TRUE(OK(tuck_read_each(proc, pids, 3, "comm", text, sizeof text, ends)) == 3);
+    FILE *comm = fopen("/proc/self/comm", "re");
+    TRUE(comm != NULL && fgets(alone, sizeof alone, comm) != NULL);
+    fclose(comm);
+    TRUE(ends[0] == strlen(alone) && ends[1] == ends[0] && ends[2] == 2 * ends[0]);
+    TRUE(memcmp(text, alone, ends[0]) == 0 && memcmp(text + ends[1], alone, ends[0]) == 0);
+    TRUE(OK(tuck_read_each(proc, pids, 3, "comm", text, ends[0] + 1, ends)) == 2);
+    TRUE(OK(tuck_read_each(proc, pids, 3, "comm", text, ends[0], ends)) == 0);
+    TRUE(OK(tuck_read_each(proc, pids, 1, "no-such-file", text, sizeof text, ends)) == 1 && ends[0] == 0);
+    memset(text, 'x', 100);
+    text[100] = '\0';
+    FAILS(tuck_read_each(proc, pids, 1, text, text, sizeof text, ends), ENAMETOOLONG);
+    close(proc);
+}
+
 struct visit {
     int entered;  /* the namespace to enter; -1 asks for a new one */
     int ret_made; /* a descriptor on the new one */
@@ -462,6 +532,132 @@ static void replacements(const char *folder) {
     close(own);
 }
 
+struct everywhere {
+    int home, source, error;
+    struct tuck_replacement *replacements;
+    size_t count;
+    uint64_t ret_end;
+};
+
+static void *replace_everywhere(void *argument) {
+    struct everywhere *all = argument;
+    OK(tuck_unshare(CLONE_FS));
+    all->error = tuck_replace_everywhere(all->home, all->source, all->replacements, all->count);
+    int space = SYS(open("/proc/thread-self/ns/mnt", O_RDONLY | O_CLOEXEC));
+    OK(tuck_namespace_id(space, &all->ret_end));
+    close(space);
+    return NULL;
+}
+
+static void run_everywhere(struct everywhere *all) {
+    pthread_t thread;
+    TRUE(pthread_create(&thread, NULL, replace_everywhere, all) == 0);
+    TRUE(pthread_join(thread, NULL) == 0);
+}
+
+struct there {
+    int space;
+    const char *point;
+    uint64_t ret_id, ret_parent;
+};
+
+static void *look_there(void *argument) {
+    struct there *there = argument;
+    struct tuck_statmount mount;
+    OK(tuck_unshare(CLONE_FS));
+    OK(tuck_setns(there->space, CLONE_NEWNS));
+    there->ret_id = id_of(there->point);
+    OK(tuck_statmount(there->ret_id, 0, MNT_BASIC, &mount, sizeof mount));
+    there->ret_parent = mount.mnt_parent_id;
+    return NULL;
+}
+
+static struct there see_there(int space, const char *point) {
+    struct there there = {.space = space, .point = point};
+    pthread_t thread;
+    TRUE(pthread_create(&thread, NULL, look_there, &there) == 0);
+    TRUE(pthread_join(thread, NULL) == 0);
+    return there;
+}
+
+static int by_namespace(const void *left, const void *right) {
+    const struct tuck_replacement *a = left, *b = right;
+    return a->namespace_id < b->namespace_id ? -1 : a->namespace_id > b->namespace_id;
+}
+
+enum { COUNT = 4 };
+
+static const struct tuck_replacement *of_mount(const struct tuck_replacement *each, uint64_t mount_id) {
+    for (int i = 0; i < COUNT; i++)
+        if (each[i].mount_id == mount_id)
+            return &each[i];
+    TRUE(false);
+    return NULL;
+}
+
+static void replacements_everywhere(const char *folder) {
+    char point[4096];
+    struct tuck_replacement each[COUNT] = {{0}};
+    SYS(mkdir("everywhere", 0755));
+    mount_tmpfs("everywhere");
+    TRUE(snprintf(point, sizeof point, "%s/everywhere", folder) < (int)sizeof point);
+    int own = SYS(open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC)), source = make_tmpfs();
+    int spaces[] = {go(-1).ret_made, go(-1).ret_made};
+    uint64_t home = 0;
+    OK(tuck_namespace_id(own, &home));
+    const uint64_t original = id_of("everywhere");
+
+    /* Two elsewhere, one here, and one in a namespace that there is not. */
+    const struct there before[] = {see_there(spaces[0], point), see_there(spaces[1], point)};
+    for (int i = 0; i < 2; i++) {
+        each[i] = (struct tuck_replacement){.mount_id = before[i].ret_id, .parent_id = before[i].ret_parent};
+        OK(tuck_namespace_id(spaces[i], &each[i].namespace_id));
+    }
+    each[2] = (struct tuck_replacement){.namespace_id = home, .mount_id = original, .parent_id = id_of(".")};
+    each[3] = (struct tuck_replacement){.namespace_id = UINT64_MAX};
+    for (int i = 0; i < COUNT; i++)
+        each[i].point = point;
+    qsort(each, COUNT, sizeof *each, by_namespace);
+
+    struct everywhere all = {.home = NO_SUCH_FD, .source = source, .replacements = each, .count = COUNT};
+    run_everywhere(&all);
+    TRUE(all.error == -EBADF && all.ret_end == home);
+    all.home = own;
+    all.source = NO_SUCH_FD;
+    run_everywhere(&all);
+    const struct tuck_replacement *here = of_mount(each, original);
+    TRUE(here->error == -EBADF && here->clone == -1 && id_of("everywhere") == original);
+
+    /* Where it is in use, what came stays beneath it, and is left open. */
+    all.source = source;
+    int used = SYS(open("everywhere", O_RDONLY | O_CLOEXEC));
+    run_everywhere(&all);
+    TRUE(all.ret_end == home);
+    TRUE(here->placed == 1 && here->error == -EBUSY && id_of("everywhere") == original);
+    TRUE(here->clone >= 0 && id_of_tree(here->clone) == here->clone_id);
+    close(here->clone);
+    close(used);
+    OK(tuck_umount2("everywhere", 0));
+    TRUE(id_of("everywhere") == here->clone_id);
+    const struct tuck_replacement *nowhere = of_mount(each, 0);
+    TRUE(nowhere->placed == 0 && nowhere->error == -ESRCH && nowhere->clone == -1);
+
+    /* Who may not see every namespace goes nowhere else. */
+    TRUE(all.error == (privileged ? 0 : -EPERM));
+    for (int i = 0; i < 2; i++) {
+        const struct tuck_replacement *one = of_mount(each, before[i].ret_id);
+        const struct there after = see_there(spaces[i], point);
+        TRUE(one->placed == privileged && one->error == (privileged ? 0 : -ESRCH) && one->clone == -1);
+        TRUE(after.ret_id == (privileged ? one->clone_id : before[i].ret_id));
+        TRUE(after.ret_parent == before[i].ret_parent);
+        close(spaces[i]);
+    }
+    OK(tuck_umount2("everywhere", 0));
+    SYS(rmdir("everywhere"));
+    close(source);
+    close(own);
+}
+
 static void namespaces(void) {
     int file = SYS(open("lower/from-lower", O_RDONLY | O_CLOEXEC));
     int own = SYS(open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC));
@@ -484,6 +680,8 @@ static void namespaces(void) {
     FAILS(tuck_namespace_info(file, &info), ENOTTY);
     FAILS(tuck_namespace_next(file, &info), ENOTTY);
     FAILS(tuck_namespace_previous(file, &info), ENOTTY);
+    FAILS(tuck_namespace_after(file, &none), ENOTTY);
+    FAILS(tuck_namespace_before(file, &none), ENOTTY);
     FAILS(tuck_namespace_owner(file), ENOTTY);
     int owner = FD(tuck_namespace_owner(own));
     close(owner);
@@ -517,6 +715,10 @@ static void namespaces(void) {
         bool above = made.ret_seen > own_id;
         int there = FD(above ? tuck_namespace_next(own, &info) : tuck_namespace_previous(own, &info));
         TRUE((info.id > own_id) == above && info.id != own_id && info.mounts > 0);
+        uint64_t id = 0;
+        int same = FD(above ? tuck_namespace_after(own, &id) : tuck_namespace_before(own, &id));
+        TRUE((id > own_id) == above && id != own_id);
+        close(same);
         int back = FD(above ? tuck_namespace_previous(there, &info) : tuck_namespace_next(there, &info));
         TRUE((info.id >= own_id) == above || info.id == own_id);
         close(there);
@@ -917,7 +1119,10 @@ int main(int count, char **arguments) {
     the_swap();
     what_is_mounted();
     unmounts_in_turn();
+    many_mounts();
+    processes();
     replacements(arguments[1]);
+    replacements_everywhere(arguments[1]);
     namespaces();
     loop_failures();
     bool all = true;

@@ -62,6 +62,7 @@ ATIME_OPTIONS = {"relatime": MountAttr(0), "noatime": MountAttr.NOATIME, "strict
 
 
 @functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def option_names(flags: MountAttr) -> tuple[str, ...]:
     """Return mount flags by their names in fstab(5)."""
     mode = flags & MountAttr.ATIME_FIELD

@@ -14,7 +14,7 @@ import os
 import shlex
 import string
 import struct
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
@@ -313,11 +313,114 @@ def decode_mount(buffer: Any, size: int) -> Mount:
         _propagation(found.mnt_propagation),
         found.mnt_peer_group,
         found.mnt_master,
-        string(found.fs_type).decode("ascii", "backslashreplace") if has & 0x20 else "",
-        string(found.sb_source) if has & 0x200 else b"",
-        string(found.mnt_root) if has & 0x8 else b"",
-        string(found.mnt_point) if has & 0x10 else b"",
+        string(found.fs_type).decode("ascii", "backslashreplace") if has & _HAS_FS_TYPE else "",
+        string(found.sb_source) if has & _HAS_SOURCE else b"",
+        string(found.mnt_root) if has & _HAS_ROOT else b"",
+        string(found.mnt_point) if has & _HAS_POINT else b"",
     )
+
+
+_FACTS = struct.Struct("=QQQIi")
+_HEAD = struct.Struct("=IIQIIQIIQQIIQQQQQIIQII")
+_ROOM = 1 << 18
+# An enum's operators take longer than a mount.
+_HAS_FS_TYPE, _HAS_SOURCE = int(StatMount.FS_TYPE), int(StatMount.SB_SOURCE)
+_HAS_ROOT, _HAS_POINT = int(StatMount.MNT_ROOT), int(StatMount.MNT_POINT)
+
+
+def statmount_each(
+    wanted: Sequence[tuple[int, int]], mask: StatMount, after: int = 0
+) -> list[tuple[Mount, int] | None]:
+    """Tell of many mounts, each given by the id of its namespace and its own; None for those that are gone.
+
+    With each comes the first of the mounts that lie on it or below it and have ids beyond `after`, 0 for none. There
+    may be thousands: to tell of one should cost no more than the look.
+    """
+    each = bytearray(_FACTS.size * len(wanted))
+    for number, (namespace_id, mount_id) in enumerate(wanted):
+        _FACTS.pack_into(each, number * _FACTS.size, namespace_id, mount_id, 0, 0, 0)
+    facts = ffi.from_buffer("struct tuck_facts[]", each, require_writable=True)
+    buffer = _unset("char[]", _ROOM)
+    text = ffi.buffer(buffer)
+    strings: dict[tuple[bytes, int, int, int, int], tuple[str, bytes, bytes, bytes]] = {}
+    found: list[tuple[Mount, int] | None] = []
+    while len(found) < len(wanted):
+        begin = len(found)
+        count = lib.tuck_statmount_each(facts + begin, len(wanted) - begin, mask, after, buffer, _ROOM)
+        if count == 0:
+            found.append(_one_of(wanted[begin], mask, after))
+        for number in range(begin, begin + count):
+            _, _, above, offset, error = _FACTS.unpack_from(each, number * _FACTS.size)
+            found.append(None if error else (_mount_in(text, offset, strings), above))
+    return found
+
+
+def _one_of(wanted: tuple[int, int], mask: StatMount, after: int) -> tuple[Mount, int] | None:
+    try:
+        mount = statmount(wanted[1], mask, wanted[0])
+        return mount, next(iter(listmount(wanted[1], wanted[0], after)), 0)
+    except KernelError:
+        return None
+
+
+def _mount_in(
+    text: Any, offset: int, strings: dict[tuple[bytes, int, int, int, int], tuple[str, bytes, bytes, bytes]]
+) -> Mount:
+    """Make a mount of what the kernel told; `strings` are those that were met before, as most are alike."""
+    (
+        size,
+        _,
+        has,
+        major,
+        minor,
+        _,
+        _,
+        fstype,
+        identity,
+        parent,
+        old,
+        _,
+        attributes,
+        propagation,
+        group,
+        master,
+        _,
+        root,
+        point,
+        namespace,
+        _,
+        source,
+    ) = _HEAD.unpack_from(text, offset)
+    words = text[offset + _STRINGS : offset + size]
+    key = (
+        words,
+        fstype if has & _HAS_FS_TYPE else -1,
+        source if has & _HAS_SOURCE else -1,
+        root if has & _HAS_ROOT else -1,
+        point if has & _HAS_POINT else -1,
+    )
+    told = strings.get(key)
+    if told is None:
+        kind, *others = (words[at : words.index(b"\0", at)] if at >= 0 else b"" for at in key[1:])
+        told = strings[key] = kind.decode("ascii", "backslashreplace"), others[0], others[1], others[2]
+    mount = Mount.__new__(Mount)
+    fields = {
+        "id": identity,
+        "parent_id": parent,
+        "old_id": old,
+        "namespace_id": namespace,
+        "device": (major, minor),
+        "attributes": _attributes(attributes),
+        "propagation": _propagation(propagation),
+        "peer_group": group,
+        "master": master,
+        "fstype": told[0],
+        "source": told[1],
+        "root": told[2],
+        "point": told[3],
+    }
+    object.__setattr__(mount, "__dict__", fields)
+    return mount
 
 
 def listmount(mount_id: int = LSMT_ROOT, namespace_id: int = 0, after: int = 0) -> list[int]:
@@ -335,12 +438,12 @@ def listmount(mount_id: int = LSMT_ROOT, namespace_id: int = 0, after: int = 0) 
         after = found[-1]
 
 
-def mount_points(mount_id: int, namespace_id: int = 0) -> list[tuple[int, int, bytes]]:
-    """List the mounts below one: the id of each, of the one on which it lies, and where.
+def mount_points(mount_id: int, namespace_id: int = 0, after: int = 0) -> list[tuple[int, int, bytes]]:
+    """List the mounts below one that have ids beyond `after`: the id of each, of the one on which it lies, and where.
 
     Who is just going is left out.
     """
-    found_ids = listmount(mount_id, namespace_id)
+    found_ids = listmount(mount_id, namespace_id, after)
     if not found_ids:
         return []
     size, mask = 1 << 16, int(StatMount.MNT_BASIC | StatMount.MNT_POINT)
@@ -472,12 +575,43 @@ def replace_mounts(wanted: Sequence[Replacement]) -> list[tuple[bool, int]]:
     each = ffi.new(
         "struct tuck_replacement[]",
         [
-            (_number(one.space), _number(one.clone), one.mount_id, one.parent_id, one.device, point, 0, 0)
+            (_number(one.space), _number(one.clone), 0, 0, one.mount_id, one.parent_id, one.device, point, 0, 0)
             for one, point in zip(wanted, points, strict=True)
         ],
     )
     lib.tuck_replace(each, len(wanted))
     return [(bool(one.placed), -one.error) for one in each]
+
+
+_REPLACEMENT = struct.Struct("@iiQQQQIIPii")
+
+
+def replace_everywhere(
+    home: Descriptor,
+    source: Descriptor,
+    device: tuple[int, int],
+    wanted: Sequence[tuple[int, int, int, bytes]],
+) -> list[tuple[int, Fd | None, bool]]:
+    """Replace mounts of other namespaces by private clones of a mount of this one, `home`, if nothing is in the way.
+
+    Each is given by the id of its namespace, its own, that of the mount around it, and its path; they are in
+    ascending order. Returns for each the id of the clone that came to lie there, 0 for none; an owner of it where it
+    lies beneath the mount and did not take its place; and whether it did. It is done where `replace_mounts` does it.
+    Where the kernel does not list the namespaces (Linux 6.12), none is replaced. `device` is the source's.
+    Call it only on a thread that ends after its work.
+    """
+    points = {point: ffi.new("char[]", _text(point, "umount2")) for *_, point in wanted}
+    addresses = {point: int(ffi.cast("uintptr_t", text)) for point, text in points.items()}
+    each = bytearray(_REPLACEMENT.size * len(wanted))
+    for number, (namespace_id, identity, parent, point) in enumerate(wanted):
+        at = number * _REPLACEMENT.size
+        _REPLACEMENT.pack_into(each, at, -1, -1, namespace_id, 0, identity, parent, *device, addresses[point], 0, 0)
+    told = ffi.from_buffer("struct tuck_replacement[]", each, require_writable=True)
+    lib.tuck_replace_everywhere(_number(home), _number(source), told, len(wanted))
+    return [
+        (clone_id if placed else 0, Fd(clone) if clone >= 0 else None, bool(placed) and not failed)
+        for _, clone, _, clone_id, _, _, _, _, _, placed, failed in _REPLACEMENT.iter_unpack(each)
+    ]
 
 
 def umount_each(wanted: Sequence[tuple[bytes, Umount]]) -> tuple[int, int]:
@@ -542,66 +676,49 @@ def list_namespaces(start: Descriptor) -> list[Namespace]:
         room = count + 64
 
 
-@frozen
-class Match:
-    """One mount that a walk over namespaces found."""
+class Match(NamedTuple):
+    """One mount that a walk over namespaces found, as the kernel told of it. There may be thousands."""
 
     namespace_id: int
     namespace_inode: int
     mount_id: int
     parent_id: int
-    attributes: MountAttr
-    propagation: Propagation
+    raw_attributes: int
+    raw_propagation: int
     peer_group: int
     master: int
-    device: tuple[int, int]
     owner: int
     """The inode of the user namespace that owns the mount's namespace, 0 where the caller may not know."""
-    above: int = 0
+    above: int
     """The id of the first mount that lies on it or below it and is as new as was asked for, 0 for none.
 
     It is told only where that was asked for.
     """
+    major: int
+    minor: int
+
+    @property
+    def attributes(self) -> MountAttr:
+        """The mount's flags."""
+        return _attributes(self.raw_attributes)
+
+    @property
+    def propagation(self) -> Propagation:
+        """How the mount propagates."""
+        return _propagation(self.raw_propagation)
+
+    @property
+    def device(self) -> tuple[int, int]:
+        """The superblock's device number."""
+        return self.major, self.minor
 
 
 _MATCH = struct.Struct("=10Q2I")
 
 
 def _matches(found: object, count: int) -> list[Match]:
-    """Turn the floor's matches into ours. There may be thousands, and making one should cost no more than a look."""
-    matches = []
-    new, give = Match.__new__, object.__setattr__
-    for (
-        space,
-        inode,
-        mount,
-        parent,
-        attributes,
-        propagation,
-        group,
-        master,
-        owner,
-        above,
-        major,
-        minor,
-    ) in _MATCH.iter_unpack(ffi.buffer(found, count * _MATCH.size)):
-        match = new(Match)
-        fields = {
-            "namespace_id": space,
-            "namespace_inode": inode,
-            "mount_id": mount,
-            "parent_id": parent,
-            "attributes": _attributes(attributes),
-            "propagation": _propagation(propagation),
-            "peer_group": group,
-            "master": master,
-            "device": (major, minor),
-            "owner": owner,
-            "above": above,
-        }
-        give(match, "__dict__", fields)
-        matches.append(match)
-    return matches
+    """Turn the floor's matches into ours: making one should cost no more than a look."""
+    return list(map(Match._make, _MATCH.iter_unpack(ffi.buffer(found, count * _MATCH.size))))
 
 
 def find_mounts(
@@ -662,6 +779,43 @@ def find_everywhere(
         if _check(count, "ioctl(NS_MNT_GET_NEXT)", start) <= room:
             return Found(_matches(found, count), int(unseen[0]), found, count)
         room = count + 64
+
+
+def list_processes(proc: Descriptor) -> list[tuple[int, int]]:
+    """List the processes whose mount namespaces may be known: the pid of each, and the inode of its namespace."""
+    room = 4096
+    while True:
+        found = _unset("struct tuck_process[]", room)
+        count = _check(lib.tuck_list_processes(_number(proc), found, room), "openat", path=b"/proc")
+        if count <= room:
+            size = _PROCESS.size
+            return [(pid, inode) for pid, inode in _PROCESS.iter_unpack(ffi.buffer(found, count * size))]
+        room = count + 64
+
+
+_PROCESS = struct.Struct("@iQ")
+
+
+def read_each(proc: Descriptor, pids: Sequence[int], name: str) -> list[bytes]:
+    """Read the same small file of many processes; it is empty for those that are gone or hidden."""
+    numbers = ffi.new("int32_t[]", list(pids))
+    ends = ffi.new("size_t[]", len(pids))
+    room = 1 << 16
+    found: list[bytes] = []
+    while len(found) < len(pids):
+        begin = len(found)
+        buffer = _unset("char[]", room)
+        count = lib.tuck_read_each(
+            _number(proc), numbers + begin, len(pids) - begin, name.encode(), buffer, room, ends + begin
+        )
+        _check(count, "openat", path=b"/proc")
+        text, at = ffi.buffer(buffer), 0
+        for end in ends[begin : begin + count]:
+            found.append(text[at:end])
+            at = end
+        if count == 0:
+            room *= 4  # one file alone is larger
+    return found
 
 
 @frozen
