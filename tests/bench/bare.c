@@ -3,7 +3,8 @@
  *
  *   bare swap TARGET STATE     for each line, the path of an erofs image: swaps TARGET to it, brings the
  *                              namespaces that did not follow, prints the microseconds of each phase and
- *                              the number of mounts found at the end
+ *                              the number of mounts found at the end. After a "!" it takes the new content
+ *                              out again instead of showing it
  *   bare hold COUNT [private]  keeps COUNT copies of this mount namespace, peers of it or private, with a
  *                              process in each, until its input ends */
 #include "floor.h"
@@ -25,6 +26,8 @@
 
 enum {
     F_EMPTY_PATH = 0x4,
+    T_EMPTY_PATH = 0x40,
+    SET_GROUP = 0x100,
     BENEATH = 0x200,
     CLONE_TREE = 0x1,
     CLOEXEC_TREE = 02000000,
@@ -35,11 +38,13 @@ enum {
     RDONLY_NODEV_NOSUID = 0x7,
     MAKE_PRIVATE = 1 << 18,
     WHOLE = 0x8000,
+    DETACH = 0x2,
+    NOFOLLOW = 0x8,
     ROOM = 512,
     AT_ONCE = 128,
 };
 
-enum { LOOK, IMAGES, ASSEMBLE, TUCK, VERIFY, REVEAL, CHECK, CONVERGE, RECORD, PHASES };
+enum { LOOK, IMAGES, ASSEMBLE, TUCK, VERIFY, REVEAL, CHECK, CONVERGE, RECORD, UNDO, PHASES };
 
 struct info {
     uint32_t size;
@@ -222,7 +227,7 @@ static void bring(struct stray *strays, size_t count, int home, int mount, const
     for (size_t i = 0; i < count; i++) {
         must(tuck_setns(strays[i].space, CLONE_NEWNS), "setns");
         must(tuck_move_mount(strays[i].clone, "", AT_FDCWD, target, F_EMPTY_PATH | BENEATH), "move_mount");
-        must(tuck_umount2(target, 8), "umount2");
+        must(tuck_umount2(target, NOFOLLOW), "umount2");
         close(strays[i].clone);
         close(strays[i].space);
     }
@@ -307,7 +312,30 @@ static int mount_overlay(int image, int base) {
     return mount;
 }
 
+/* Takes new out from beneath old, in a copy of the namespace from which it propagates. */
+static void undo(int mount, int parent, const char *name, uint64_t top, uint64_t identity) {
+    union facts old;
+    int home = ok(open("/proc/thread-self/ns/mnt", O_RDONLY | O_CLOEXEC), "open");
+    ok(fchdir(mount), "fchdir");
+    ok(unshare(CLONE_NEWNS), "unshare");
+    int here = ok(open(".", O_PATH | O_CLOEXEC), "open");
+    must(tuck_mount_setattr(here, "", EMPTY_PATH, 0, 0, MAKE_PRIVATE, 0), "mount_setattr");
+    ok(chdir(".."), "chdir");
+    must(tuck_mount_setattr(AT_FDCWD, name, WHOLE, 0, 0, MAKE_PRIVATE, 0), "mount_setattr");
+    must(tuck_umount2(name, DETACH | NOFOLLOW), "umount2");
+    must(tuck_move_mount(mount, "", here, "", F_EMPTY_PATH | T_EMPTY_PATH | SET_GROUP), "move_mount");
+    close(here);
+    must(tuck_umount2(name, DETACH | NOFOLLOW), "umount2");
+    must(tuck_setns(home, CLONE_NEWNS), "setns");
+    close(home);
+    facts_of(top, &old);
+    if (mount_of(parent, name) != top || old.mount.mnt_parent_id == identity)
+        must(-EBUSY, "new is still there");
+}
+
 static void swap(const char *folder, const char *name, int state, const char *path) {
+    const bool undone = *path == '!';
+    path += undone;
     char head[4096], place[300], target[300];
     uint64_t ids[ROOM];
     struct stat status;
@@ -360,14 +388,20 @@ static void swap(const char *folder, const char *name, int state, const char *pa
 
     enter(REVEAL);
     snprintf(place, sizeof place, "/proc/self/fd/%d/%s", parent, name);
+    size_t count = found_count;
+    if (undone) {
+        enter(UNDO);
+        undo(mount, parent, name, top, identity);
+        goto end;
+    }
     if (covered)
-        must(tuck_umount2(place, 8), "umount2");
+        must(tuck_umount2(place, NOFOLLOW), "umount2");
 
     enter(CHECK);
     if (mount_of(parent, name) != identity)
         must(-EBUSY, "another mount is seen");
     facts_of(identity, &new);
-    size_t count = look_everywhere(&new.mount, covered ? &old.mount : NULL);
+    count = look_everywhere(&new.mount, covered ? &old.mount : NULL);
     if (stale > 0) {
         size_t kept = 0;
         for (size_t i = 0; i < count; i++)
@@ -390,8 +424,9 @@ static void swap(const char *folder, const char *name, int state, const char *pa
     rename_durably(state, "generation.new", "generation");
     rename_durably(state, "current.new", "current");
 
-    enter(LOOK);
     first = identity;
+end:
+    enter(LOOK);
     const int opened[] = {parent, file, tree, base, image, mount, picked};
     for (size_t i = 0; i < sizeof opened / sizeof opened[0]; i++)
         close(opened[i]);

@@ -22,17 +22,19 @@ PHASES = [
     "check",
     "converge",
     "record",
+    "undo",
     "rest",
     "total",
 ]
-SERIES = [1, 10, 200, 1000]
+SERIES = [(1, "peer"), (10, "peer"), (20, "private"), (10, "undone")]
+FEW = "--namespaces 1,10 --private 20 --undone 10 --mounts 10,60 --growth-namespaces 10 --many 5,20"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting an image needs root")
 def test_the_benchmark_prints_every_phase_beside_the_bare_calls(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/bench/run.py", "--quick", "--namespaces", "1,10", "--json", figures],
+        [sys.executable, ROOT / "tests/bench/run.py", "--quick", *FEW.split(), "--json", figures],
         capture_output=True,
         text=True,
         check=False,
@@ -46,7 +48,7 @@ def test_the_benchmark_prints_every_phase_beside_the_bare_calls(tmp_path: Path) 
     assert all(len(line) == 1 + 3 * len(SERIES) for line in phases)
     assert any(line[:3] == ["python3", "-c", "pass"] for line in lines)
     document = json.loads(figures.read_text())
-    assert [series["namespaces"] for series in document["series"]] == SERIES
+    assert [(series["namespaces"], series["kind"]) for series in document["series"]] == SERIES
     for series in document["series"]:
-        assert [row["phase"] for row in series["rows"]] == [*PHASES, "both looks"]
-        assert series["receivers"] == series["namespaces"] + 1
+        assert [row["phase"] for row in series["rows"]] == [*PHASES, "both looks", "the moment", "the floor"]
+        assert series["receivers"] == (series["namespaces"] + 1 if series["kind"] != "undone" else 0)
