@@ -303,9 +303,11 @@ def undo(target: Path, image: Path) -> tuple[dict[str, float], int]:
     with (target / "folder/file-0").open("rb"):
         begun = time.perf_counter()
         try:
-            result = tuckctl.swap(target, [image], busy="fail")
+            tuckctl.swap(target, [image], busy="fail")
         except tuckctl.UndoneError as error:
             result = error.result
+        else:
+            raise SystemExit("a swap was not undone although a file was open")
         total = (time.perf_counter() - begun) * 1e6
     found = {phase: float(result.timings_us.get(phase, 0)) for phase in PHASES}
     return rows_of(found, total), 0
@@ -322,6 +324,9 @@ def measure_beside(ground: Ground, namespaces: int, *, kind: str, rounds: int) -
     times: list[dict[str, float]] = []
     receivers, undone = 0, kind == "undone"
     ours = undo if undone else swap
+    if undone:
+        swap(target, images[1])
+        bare.swap(images[1])
     for number in range(WARM_UP + rounds):
         # What is live is not swapped to again: where that is undone, it stays the same.
         image = images[0 if undone else number % 2]
