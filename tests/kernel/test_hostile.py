@@ -737,16 +737,16 @@ def test_a_receiver_that_a_silent_server_covers_from_above_is_left_and_named_in_
         slave, private = scene.space("slave"), scene.space("private")
         with covered(slave, scene.around), covered(private, scene.around):
             with pytest.raises(UndoneError) as undone:
-                in_time(lambda: scene.swap("b", receivers="require"))
+                within(2 * LIMIT, lambda: scene.swap("b", receivers="require"))
             stuck = (private.inode, scene.target, "unreachable")
             assert left_of(undone.value.result) == [stuck]
             with pytest.raises(PartialError) as partial:
-                in_time(lambda: scene.swap("b"))
+                within(2 * LIMIT, lambda: scene.swap("b"))
             assert left_of(partial.value.result) == [stuck]
             with pytest.raises(PartialError):
-                in_time(lambda: scene.swap("a", busy="wait", timeout=1.0))
-            assert in_time(lambda: tuckctl.status(scene.target)).targets[0].state == "stale"
-            assert in_time(lambda: tuckctl.doctor(scene.target)).exit_code == 0
+                within(2 * LIMIT, lambda: scene.swap("a", busy="wait", timeout=1.0))
+            assert within(2 * LIMIT, lambda: tuckctl.status(scene.target)).targets[0].state == "stale"
+            assert within(2 * LIMIT, lambda: tuckctl.doctor(scene.target)).exit_code == 0
         slave.do(lambda: take_off(scene.around))
         private.do(lambda: take_off(scene.around))
         assert scene.swap("b").outcome == "swapped"
@@ -765,7 +765,7 @@ def test_a_submount_that_a_silent_server_covers_from_above_is_named_in_time(disk
         deep = scene.target + b"/sub/deep"
         mount_on(deep) if space is None else space.do(lambda: mount_on(deep))
         with covered(space, scene.target + b"/sub"):
-            result = in_time(lambda: attempt(scene, "b"))
+            result = within(2 * LIMIT, lambda: attempt(scene, "b"))
             assert (result.error and result.error.code) == (
                 "submount-cannot-be-copied" if space is None else "receivers-left-behind"
             )
