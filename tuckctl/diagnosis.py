@@ -156,7 +156,7 @@ class _Visit:
             return target.path
 
     def _examine(self, target: Target) -> None:
-        places = Places.from_environment()
+        places = Places.as_named()
         around = mounts_around(target)
         recorded = self._barred(lambda: [mount for mount in around if is_recorded_content(places, mount)])
         self._barred(lambda: refuse_nested(target, around, recorded or []))
@@ -183,7 +183,8 @@ class _Visit:
 
     def _look_at_places(self, places: Places, target: Target) -> None:
         self._barred(lambda: places.refuse_for(target.path))
-        for place in dict.fromkeys((places.state, places.run)):
+        safe = self._barred(Places.from_environment)
+        for place in dict.fromkeys((safe.state, safe.run) if safe is not None else ()):
             self._barred(lambda place=place: _refuse_unusable(place))  # type: ignore[misc]
         holders = _lock_holders(places.lock(target.path))
         if holders:

@@ -42,8 +42,11 @@ def _named(variable: bytes, otherwise: bytes) -> bytes:
             f"{variable.decode()} is {show(path)}, a relative path: each working directory would be another state",
             f"give an absolute path, or unset {variable.decode()}",
         )
-    _refuse_unsafe(path)
-    return os.path.realpath(path)
+    return path
+
+
+def _names() -> tuple[bytes, bytes]:
+    return _named(b"TUCKCTL_STATE_DIR", b"/var/lib/tuckctl"), _named(b"TUCKCTL_RUN_DIR", b"/run/tuckctl")
 
 
 @frozen
@@ -59,10 +62,15 @@ class Places:
 
         Raises UsageError for a relative path, RefusedError for one on which others could put something else.
         """
-        return cls(
-            _named(b"TUCKCTL_STATE_DIR", b"/var/lib/tuckctl"),
-            _named(b"TUCKCTL_RUN_DIR", b"/run/tuckctl"),
-        )
+        names = _names()
+        for name in names:
+            _refuse_unsafe(name)
+        return cls(*map(os.path.realpath, names))
+
+    @classmethod
+    def as_named(cls) -> Places:
+        """Do so without a look at them, for who only tells what is wrong. Raises UsageError for a relative path."""
+        return cls(*map(os.path.realpath, _names()))
 
     def refuse_for(self, target: bytes) -> None:
         """Refuse places that lie in the target."""

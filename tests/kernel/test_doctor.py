@@ -750,7 +750,7 @@ def test_a_namespace_without_a_process_is_told_with_what_keeps_it(disk: bytes, k
             assert finding.remedy == f"umount {pin.decode()}"
             umount2(pin)
         else:
-            assert (finding.remedy or "").startswith(f"kill {os.getpid()} (")
+            assert (finding.remedy or "").startswith(f"kill {os.getpid()}: ")
             os.close(descriptor)
         settle(lambda: "mounted-elsewhere" not in codes(scene.target, "hazard"))
 
