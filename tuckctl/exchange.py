@@ -562,10 +562,10 @@ def _undo(parts: Sequence[Part], error: BaseException) -> None:
             with contextlib.suppress(TuckError):
                 part.journal.step("back")
     failure = None
-    for part in reversed(parts):
+    for part in [part for part in reversed(parts) if part not in done]:
         try:
             part.convergence.give_back()
-            if (len(parts) == 1 or part not in done) and not part.exchange.back_out():
+            if not part.exchange.back_out():
                 done.append(part)
         except IncompleteError as incomplete:
             failure = failure or incomplete
@@ -573,7 +573,7 @@ def _undo(parts: Sequence[Part], error: BaseException) -> None:
         raise failure from error
     if not done:
         raise error
-    if len(set(done)) < len(parts):
+    if len(done) < len(parts):
         raise HalfwayError(error, done)
 
 

@@ -306,6 +306,15 @@ def _content(found: Any) -> Content | None:
     return Content((unsigned(major, 32), unsigned(minor, 32)), os.fsencode(found["root"]), os.fsencode(found["source"]))
 
 
+def _group(first: dict[str, Any]) -> tuple[bytes, ...]:
+    """Return the targets of a transaction; a journal from before there could be several names its own."""
+    found = first.get("group", [first["target"]])
+    if not isinstance(found, list) or first["target"] not in found:
+        msg = "the group does not hold the target"
+        raise ValueError(msg)
+    return tuple(os.fsencode(path) for path in found)
+
+
 def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
     first, rest = lines[0], lines[1:]
     if first["format"] != _FORMAT:
@@ -343,7 +352,7 @@ def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
         tuple(aside.values()),
         tuple(brought.values()),
         damage,
-        tuple(os.fsencode(path) for path in first.get("group", [first["target"]])),
-        int(back["id"]) if back is not None else 0,
+        _group(first),
+        unsigned(back["id"]) if back is not None else 0,
         _content(back) if back is not None else None,
     )

@@ -12,29 +12,30 @@ import errno
 import os
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tuckctl import pins
 from tuckctl.converge import Convergence
 from tuckctl.errors import IncompleteError, KernelError, TuckError
 from tuckctl.exchange import Look, Revealed, converge
 from tuckctl.frozen import frozen
-from tuckctl.generations import Current
+from tuckctl.generations import Current, boot_id
 from tuckctl.holding import read_replaced
 from tuckctl.journal import Entry, Journal, Mounted
 from tuckctl.kernel.flags import Clone, Propagation
 from tuckctl.kernel.syscalls import Mount, mount_setattr, move_mount_set_group, open_tree, quoted, setns, show
 from tuckctl.kernel.threads import on_thread
+from tuckctl.overlay import generation_of
 from tuckctl.plan import live_mounts
 from tuckctl.prune import drop_images
 from tuckctl.receivers import arrival, copies_of, left_behind, observe
 from tuckctl.removal import remove
 from tuckctl.spaces import in_spaces, insist, reach
 from tuckctl.switchboard import BLANK, Switchboard
-from tuckctl.target import Content, children, look
+from tuckctl.target import Content, children, look, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.syscalls import Match
@@ -52,6 +53,15 @@ class Recovered:
 
     entry: Entry
     revealed: Revealed | None
+
+
+def group_of(path: bytes, places: Places) -> list[bytes]:
+    """Return the targets of the transaction that was interrupted on one, as far as they are there; or that one."""
+    entry = Journal(places.of(resolve(path))).read()
+    here = (boot_id(), os.stat("/proc/thread-self/ns/mnt").st_ino)
+    if entry is None or len(entry.group) == 1 or (entry.boot_id, entry.namespace) != here:
+        return [path]
+    return [each for each in entry.group if os.path.isdir(each)] or [path]
 
 
 def find(scene: Scene, places: Places) -> Entry | None:
@@ -98,6 +108,7 @@ def _seen(scene: Scene) -> Entry | None:
         aside=(),
         brought=(),
         damage=None,
+        group=(target.path,),
     )
 
 
@@ -121,6 +132,13 @@ def _tidy(scene: Scene, places: Places) -> None:
             continue
         if current is None or number != current.generation:
             scene.records.write(replace(generation, outcome="undone"))
+
+
+class SwapBack(Protocol):
+    """Brings the content before back to a target where it is gone, in the course of what a journal tells of."""
+
+    def __call__(self, scene: Scene, entry: Entry, journal: Journal, /) -> None:
+        """Do it. Raises IncompleteError."""
 
 
 class _Recovery:
@@ -186,6 +204,44 @@ class _Recovery:
         for identity in reversed(beneath):
             _take_out(board, identity, space, match.owner)
 
+    def is_taken_back(self) -> bool:
+        """Take new out from beneath old; say whether that could be done. Raises IncompleteError where nothing can."""
+        try:
+            self.take_back()
+        except KernelError as error:
+            if not self.entry.reached("arrived"):
+                raise IncompleteError(
+                    "recover-failed",
+                    f"{show(self.target.path)}: the content before is seen, but the new one cannot be taken out"
+                    f" from beneath it: {error.message}",
+                    f"umount {quoted(self.target.path)} finishes the swap",
+                ) from error
+            return False
+        _record_undone(self.scene, self.entry)
+        return True
+
+    @property
+    def is_back_under_way(self) -> bool:
+        """Whether a mount of the content before was put back, or is about to take the place of new."""
+        return bool(self.entry.back) and self.entry.back in self.ids
+
+    def go_back(self, wishes: Wishes, swap_back: SwapBack) -> None:
+        """Have the content before seen again where new is, or was to be: taken out it cannot be any more."""
+        if self.is_tucked:
+            self.reveal()
+        if not self.entry.old.id:
+            new = look(self.entry.new)
+            sight = observe([new.device], new.id - 1)
+            ids = tuple(match.mount_id for match in sight.matches)
+            remove(self.target, new, "lazy", 0.0, below=children(new.id), follow=sight.matches, ids=ids)
+            return
+        if not self.is_back_under_way:
+            swap_back(self.scene, self.entry, self.journal)
+            return
+        turned = _Recovery(self.scene, self.entry.turned(), self.places, self.enter)
+        replaced = turned.reveal() if turned.is_tucked else ()
+        turned.finish(replaced, wishes)
+
     # Forward.
 
     def reveal(self) -> tuple[int, ...]:
@@ -196,7 +252,12 @@ class _Recovery:
         sight = observe([old.device, new.device])
         found = arrival(sight, copies_of(sight, old), new.device)
         ids = tuple(match.mount_id for match in found.follow)
-        return remove(self.target, old, "lazy", 0.0, below=children(old.id), follow=found.follow, ids=ids)
+        keepsake = _keepsake(self.scene, self.entry)
+        with keepsake or contextlib.nullcontext():
+            replaced = remove(self.target, old, "lazy", 0.0, below=children(old.id), follow=found.follow, ids=ids)
+            if keepsake is not None and self.entry.previous is not None:
+                pins.pin(self.places.run, self.target.path, self.entry.previous, keepsake)
+        return replaced
 
     def finish(self, replaced: Iterable[int], request: Wishes) -> Revealed:
         """Give new the propagation that old had, and bring whoever did not follow."""
@@ -328,53 +389,82 @@ def _take_out(board: Switchboard, identity: int, space: Fd, owner: int) -> None:
 
 
 def recover(
-    scene: Scene, entry: Entry, places: Places, wishes: Wishes, enter: Callable[[str], None], *, undo: bool
-) -> Recovered:
-    """Finish what was interrupted where everything had arrived, otherwise undo it; the target's lock is held.
+    members: Sequence[tuple[Scene, Entry]],
+    places: Places,
+    wishes: Wishes,
+    enter: Callable[[str], None],
+    swap_back: SwapBack,
+    *,
+    undo: bool,
+) -> list[Recovered]:
+    """Finish what was interrupted where everything had arrived, otherwise undo it; the targets' locks are held.
 
+    The targets of one transaction go one way. `swap_back` brings the content before back to one where that is gone.
     Raises IncompleteError where neither can be.
     """
-    recovery = _Recovery(scene, entry, places, enter)
-    with recovery.journal, Switchboard() as board:
-        recovery.journal.resume()
-        recovery.repair(board)
-        # What was looked at before may have been changed for the moment.
-        recovery.target = recovery.target.refreshed()
-        return _recover(recovery, wishes, undo=undo)
+    recoveries = [_Recovery(scene, entry, places, enter) for scene, entry in members]
+    with contextlib.ExitStack() as stack:
+        for recovery in recoveries:
+            stack.enter_context(recovery.journal)
+            recovery.journal.resume()
+            with Switchboard() as board:
+                recovery.repair(board)
+            # What was looked at before may have been changed for the moment.
+            recovery.target = recovery.target.refreshed()
+        if len(recoveries[0].entry.group) > 1:
+            return _recover_group(recoveries, wishes, swap_back, undo=undo)
+        return [_recover(recovery, wishes, undo=undo) for recovery in recoveries]
 
 
 def _recover(recovery: _Recovery, wishes: Wishes, *, undo: bool) -> Recovered:
-    scene, entry, places = recovery.scene, recovery.entry, recovery.places
+    entry = recovery.entry
     replaced: tuple[int, ...] = ()
     if recovery.is_tucked:
         finish = entry.reached("reveal") and not entry.reached("undo") and not undo
-        if not finish:
-            try:
-                recovery.take_back()
-            except KernelError as error:
-                if not entry.reached("arrived"):
-                    raise IncompleteError(
-                        "recover-failed",
-                        f"{show(scene.target.path)}: the content before is seen, but the new one cannot be taken out"
-                        f" from beneath it: {error.message}",
-                        f"umount {quoted(scene.target.path)} finishes the swap",
-                    ) from error
-                finish = True
-        if not finish:
-            _record_undone(scene, entry)
+        if not finish and recovery.is_taken_back():
             return Recovered(entry, None)
-        keepsake = _keepsake(scene, entry)
         replaced = recovery.reveal()
-        if keepsake is not None and entry.previous is not None:
-            with keepsake:
-                pins.pin(places.run, scene.target.path, entry.previous, keepsake)
     elif not recovery.is_revealed:
         recovery.take_back()
-        _record_undone(scene, entry)
+        _record_undone(recovery.scene, entry)
         return Recovered(entry, None)
     revealed = recovery.finish(replaced, wishes)
-    _record_done(scene, entry)
+    _record_done(recovery.scene, entry)
     return Recovered(entry, revealed)
+
+
+def _recover_group(
+    recoveries: Sequence[_Recovery], wishes: Wishes, swap_back: SwapBack, *, undo: bool
+) -> list[Recovered]:
+    """Put the targets of one transaction in order: new on all of them, or on none.
+
+    The last first: who looks at one target after the other does not see new, and after that old.
+    """
+    steps = {step for recovery in recoveries for step in recovery.entry.steps}
+    is_seen = any(recovery.is_revealed for recovery in recoveries)
+    finish = "done" in steps or (
+        not undo and "back" not in steps and (is_seen or ("reveal" in steps and "undo" not in steps))
+    )
+    if finish:
+        replaced = {id(each): each.reveal() for each in reversed(recoveries) if each.is_tucked}
+        found = []
+        for each in reversed(recoveries):
+            found.append(Recovered(each.entry, each.finish(replaced.get(id(each), ()), wishes)))
+            _record_done(each.scene, each.entry)
+        for each in recoveries:
+            each.journal.step("done")
+        return found[::-1]
+    for each in recoveries:
+        # From here on, it is undone, whatever is seen.
+        each.journal.step("back")
+    for each in reversed(recoveries):
+        if each.is_back_under_way or each.is_revealed or (each.is_tucked and not each.is_taken_back()):
+            each.go_back(wishes, swap_back)
+        elif not each.is_tucked:
+            each.take_back()
+        _record_undone(each.scene, each.entry)
+        _record_back(each.scene, each.entry)
+    return [Recovered(each.entry, None) for each in recoveries]
 
 
 def _keepsake(scene: Scene, entry: Entry) -> Fd | None:
@@ -400,6 +490,19 @@ def _record_done(scene: Scene, entry: Entry) -> None:
     if scene.records.current() != current:
         with scene.records.draft_current(current) as draft:
             draft.publish()
+
+
+def _record_back(scene: Scene, entry: Entry) -> None:
+    """Record that the generation before is live, where the other one is on record already."""
+    current = scene.records.current()
+    if current is None or current.generation != entry.generation:
+        return
+    top = scene.target.refreshed().top
+    is_named = top is None or generation_of(top.source, scene.target.path) is not None
+    shown = entry.previous if entry.old.id else None
+    before = Current(shown, entry.generation, entry.boot_id, entry.namespace, 0 if is_named or top is None else top.id)
+    with scene.records.draft_current(before) as draft:
+        draft.publish()
 
 
 def _repair(wanted: Mounted, space: Fd, home: Fd) -> None:

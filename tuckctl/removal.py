@@ -158,7 +158,8 @@ def remove_in_turn(leaving: Sequence[Leaving], busy: str, deadline: float) -> It
                 raise KernelError("umount2", show(left[0].target.path), error)
         if busy == "fail":
             break
-    raise busy_error(left[0].target, left[0].ids)
+    used = next((each for each in left if find_holders(each.target.path, each.ids, ())), left[0])
+    raise busy_error(used.target, used.ids)
 
 
 def _stand_in(each: Leaving, stack: contextlib.ExitStack) -> StandIn:

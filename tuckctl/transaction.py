@@ -45,7 +45,7 @@ from tuckctl.results import TargetResult, TransactionResult, infos
 from tuckctl.scene import Scene, absolute, open_scene, open_scenes, opened_base, refuse_inside
 from tuckctl.selection import Selection
 from tuckctl.spaces import open_space
-from tuckctl.target import look
+from tuckctl.target import look, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -139,6 +139,7 @@ def _swap(asked: Asked) -> TransactionResult:
         if changing:
             course.enter("assemble")
             turns = [_assemble(stack, course, each, places) for each in changing]
+        _refuse_stuck(turns)
         try:
             done = _record_and_exchange(course, turns, deadline=deadline, places=places)
             results = {result.target: result for result in done}
@@ -151,6 +152,19 @@ def _swap(asked: Asked) -> TransactionResult:
         finally:
             for each in changing:
                 drop_generations(each.scene.records, places, common.keep, each.scene.live.generation)
+
+
+def _refuse_stuck(turns: Sequence[Turn]) -> None:
+    """Refuse several targets of which one could not be undone when another one fails."""
+    for turn in turns if len(turns) > 1 else ():
+        if not turn.exchange.can_undo:
+            path = turn.scene.target.path
+            raise RefusedError(
+                "no-way-back",
+                f"{show(path)}: a private filesystem is mounted on it, beneath which nothing can be taken out again:"
+                " several targets could not be undone together",
+                f"swap {quoted(path)} by itself, or mount --make-shared {quoted(path)} while no overlay is on it",
+            )
 
 
 def _record_and_exchange(
@@ -310,17 +324,24 @@ def _recover(path: bytes, request: Request, *, undo: bool) -> TransactionResult:
         places = Places.from_environment()
         check_request(request)
         deadline = time.monotonic() + request.timeout
-        scene = stack.enter_context(open_scene(places, path, deadline, adopt=False, recovering=True))
-        course.so_far = (as_it_is(scene),)
-        entry = recovery.find(scene, places)
-        if entry is None:
-            recovery.tidy(scene, places)
+        group = recovery.group_of(path, places)
+        scenes = stack.enter_context(open_scenes(places, group, deadline, adopt=False, recovering=True))
+        course.so_far = tuple(map(as_it_is, scenes))
+        found = [(scene, entry) for scene in scenes if (entry := recovery.find(scene, places)) is not None]
+        if not found:
+            for scene in scenes:
+                recovery.tidy(scene, places)
             return conclude(course, *course.so_far, outcome="unchanged")
-        result = _put_in_order(course, scene, entry, request, undo=undo, deadline=deadline, places=places)
-        recovery.tidy(scene, places)
-    if undo and result.generation == entry.generation and entry.previous is not None:
+        # Who else of the transaction has no journal has nothing to be put in order.
+        entry = next((entry for scene, entry in found if scene.target.path == resolve(path)), found[0][1])
+        members = [each for each in found if each[1].transaction == entry.transaction]
+        results = _put_in_order(course, members, request, undo=undo, deadline=deadline, places=places)
+        for scene, _ in members:
+            recovery.tidy(scene, places)
+    is_alone = len(entry.group) == 1
+    if undo and is_alone and results[0].generation == entry.generation and entry.previous is not None:
         return _rolled_back(path, request, entry.previous)
-    return conclude(course, result, outcome="recovered")
+    return conclude(course, *results, outcome="recovered")
 
 
 def _recover_all(_: bytes, request: Request, *, undo: bool) -> TransactionResult:
@@ -330,6 +351,8 @@ def _recover_all(_: bytes, request: Request, *, undo: bool) -> TransactionResult
     done: list[TransactionResult] = []
     failure: TuckError | None = None
     for path in interrupted(places.run):
+        if any(target.target == path for result in done for target in result.targets):
+            continue  # with others of its transaction
         try:
             done.append(_recover(path, request, undo=undo))
         except TuckError as error:
@@ -357,37 +380,47 @@ def _rolled_back(path: bytes, request: Request, generation: int) -> TransactionR
 
 def _put_in_order(
     course: Course,
-    scene: Scene,
-    entry: Entry,
+    members: Sequence[tuple[Scene, Entry]],
     request: Request,
     *,
     undo: bool,
     deadline: float,
     places: Places,
-) -> TargetResult:
-    """Finish or undo what a journal tells of, and tell what came of it."""
-    target = scene.target
-    if entry.damage is not None:
-        course.warn("journal-damaged", f"{entry.damage}: what follows there is not believed")
-    if entry.command == "detach":
-        return _finish_detach(course, scene, entry, request, deadline=deadline, places=places)
+) -> tuple[TargetResult, ...]:
+    """Finish or undo what the journals of a transaction tell of, and tell what came of it."""
+    for scene, entry in members:
+        if entry.damage is not None:
+            course.warn("journal-damaged", f"{entry.damage}: what follows there is not believed")
+        if entry.command == "detach":
+            return (_finish_detach(course, scene, entry, request, deadline=deadline, places=places),)
     wishes = recovery.Wishes(request.busy, request.receivers, deadline, _selection(course, request))
-    recovered = recovery.recover(scene, entry, places, wishes, course.enter, undo=undo)
+
+    def swap_back(scene: Scene, entry: Entry, journal: Journal) -> None:
+        _swap_to_previous(course, scene, entry, journal, request, deadline=deadline, places=places)
+
+    recovered = recovery.recover(members, places, wishes, course.enter, swap_back, undo=undo)
     course.enter("record")
-    if recovered.revealed is None:
+    results = tuple(_told_recovered(scene, each, places) for (scene, _), each in zip(members, recovered, strict=True))
+    for scene, _ in members:
+        Journal(places.of(scene.target.path)).end()
+    return results
+
+
+def _told_recovered(scene: Scene, recovered: recovery.Recovered, places: Places) -> TargetResult:
+    target, entry, revealed = scene.target, recovered.entry, recovered.revealed
+    if revealed is None:
         top = target.refreshed().top
-        generation = entry.previous if top is not None and top.id == entry.old.id else None
-        Journal(places.of(target.path)).end()
+        is_before = top is not None and (top.id == entry.old.id or (len(entry.group) > 1 and bool(entry.old.id)))
+        generation = entry.previous if is_before else None
         kept = scene.records.get(generation) if generation is not None else None
-        current = scene.current
+        current = scene.records.current()
         previous = current.previous if current is not None else None
         return TargetResult(
             target.path, generation, previous, top.id if top else None, infos(kept.images if kept else ())
         )
-    revealed = recovered.revealed
     kept = scene.records.get(entry.generation)
     scene = replace(scene, live=replace(scene.live, old=entry.as_mount(), generation=entry.previous))
-    result = TargetResult(
+    return TargetResult(
         target.path,
         entry.generation,
         entry.previous,
@@ -397,8 +430,30 @@ def _put_in_order(
         revealed.unseen,
         remember(scene, revealed, places),
     )
-    Journal(places.of(target.path)).end()
-    return result
+
+
+def _swap_to_previous(
+    course: Course,
+    scene: Scene,
+    entry: Entry,
+    journal: Journal,
+    request: Request,
+    *,
+    deadline: float,
+    places: Places,
+) -> None:
+    """Make the generation before again, and bring it back. Raises IncompleteError where that cannot be done."""
+    target = scene.target.refreshed()
+    scene = replace(scene, target=target, live=Live(target.top, entry.generation, adopted=False))
+    with contextlib.ExitStack() as stack:
+        try:
+            bottom = stack.enter_context(opened_base(scene))
+            stack.enter_context(locked(places.images_lock, deadline, target.path, shared=True))
+            generation = recorded(scene, entry.previous or 0)
+            new = remake(stack, course, scene, generation, request, bottom=bottom, places=places)
+        except (TuckError, OSError) as error:
+            raise _not_back(target.path, error) from error
+        _swap_back(course, scene, new, journal, places)
 
 
 def _detached_already(
@@ -805,6 +860,7 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
         except HalfwayError as halfway:
             for each in enlisted:
                 if each.part in halfway.revealed and each.way_back is not None:
+                    each.part.convergence.finish()
                     _swap_back(course, each.turn.scene, each.way_back, each.part.journal, places)
             for each in enlisted:
                 each.part.journal.end()
@@ -873,11 +929,15 @@ def _swap_back(course: Course, scene: Scene, mount: Fd, journal: Journal, places
                 with scene.records.draft_current(replace(current, mount_id=exchange.new_id)) as record:
                     record.publish()
     except (TuckError, OSError) as error:
-        raise IncompleteError(
-            "undo-failed",
-            f"{show(target.path)}: the new content is seen, and the one before could not be brought back: {error}",
-            f"tuckctl recover {quoted(target.path)}",
-        ) from error
+        raise _not_back(target.path, error) from error
+
+
+def _not_back(target: bytes, error: Exception) -> IncompleteError:
+    return IncompleteError(
+        "undo-failed",
+        f"{show(target)}: the new content is seen, and the one before could not be brought back: {error}",
+        f"tuckctl recover {quoted(target)}",
+    )
 
 
 def _tell_failure(course: Course, each: _Enlisted, error: BaseException, places: Places) -> None:

@@ -688,7 +688,8 @@ def test_options_that_do_not_exist_are_refused_as_usage(disk: bytes) -> None:
         assert ground.refusal([])[:2] == ("no-image", 2)
         requests: list[tuple[Any, Any, str]] = [
             ({}, None, "no-target"),
-            ({"/a": ["x"], "/b": ["y"]}, None, "several-targets"),
+            ({"/a": "x"}, None, "no-image"),
+            ({"/a": []}, None, "no-image"),
             ({"/a": ["x"]}, ["y"], "no-target"),
             (ground.target, None, "no-image"),
             (ground.target, "x.img", "no-image"),
