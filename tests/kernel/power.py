@@ -2,6 +2,7 @@
 """State directories as a loss of power leaves them: whatever is on the disk then, the target comes up whole.
 
     ./dev power [--states N] [--seed N] [--keep DIRECTORY] [--without FLUSHES]
+    ./dev power --machine [N]
 
 Swaps, rollbacks, detaches and collections are made with the state directory on an ext4 of which every write is
 logged. The log is cut somewhere, with any part of what was not flushed; and what comes of that is booted. A seed
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _OPTIONS = ("noauto_da_alloc", "noauto_da_alloc,commit=1", "defaults")
-_NAMES = ("one", "two")
+NAMES = ("one", "two")
 _IMAGES = 12
 _COMMANDS = 40
 _BESIDES = 0.02
@@ -50,7 +51,7 @@ class Live(NamedTuple):
     content: str
 
 
-_BARE = Live(None, _BASE)
+BARE = Live(None, _BASE)
 State = dict[str, Live]
 
 
@@ -69,7 +70,7 @@ class Workplace:
         self.folder = folder
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
         mount_tmpfs(folder)
-        self.targets = {name: write_tree(folder + b"/" + name.encode(), _files(_BASE)) for name in _NAMES}
+        self.targets = {name: write_tree(folder + b"/" + name.encode(), _files(_BASE)) for name in NAMES}
         self.images = [self._image(f"i{number}") for number in range(_IMAGES)]
         self._runs = 0
 
@@ -133,9 +134,9 @@ class _Besides(threading.Thread):
         self.join()
 
 
-def _choose(chance: random.Random, place: Workplace, seen: State) -> tuple[str, str, Callable[[], object]]:
+def choose(chance: random.Random, place: Workplace, seen: State) -> tuple[str, str, Callable[[], object]]:
     """Choose what is done next, to which target: what it is called, and how it is done."""
-    name = chance.choice(_NAMES)
+    name = chance.choice(NAMES)
     target = place.targets[name]
     image, keep = chance.choice(place.images), chance.choice((0, 1, 2, 5))
 
@@ -154,7 +155,8 @@ def _choose(chance: random.Random, place: Workplace, seen: State) -> tuple[str, 
     return name, f"gc --keep {keep}", lambda: tuckctl.gc(keep=keep)
 
 
-def _live(name: str, place: Workplace) -> Live:
+def live(name: str, place: Workplace) -> Live:
+    """Look at a target: what the tool tells of it, and what it shows."""
     found = tuckctl.status(place.targets[name]).targets[0]
     return Live(found.generation, place.seen(name))
 
@@ -164,16 +166,16 @@ def record(place: Workplace, disk: bytes, seed: int, *, left_out: str = "") -> R
     chance = random.Random(seed)
     logged = LoggedDisk(disk, chance.choice(_OPTIONS))
     place.use(logged.root + b"/state")
-    seen: State = dict.fromkeys(_NAMES, _BARE)
+    seen: State = dict.fromkeys(NAMES, BARE)
     marks = [(logged.position(), "nothing", dict(seen))]
     besides = _Besides(logged.root, seed) if not left_out and chance.random() < 0.5 else None
     if besides is not None:
         besides.start()
     with without(left_out):
         for _ in range(_COMMANDS):
-            name, words, act = _choose(chance, place, seen)
+            name, words, act = choose(chance, place, seen)
             act()
-            seen[name] = _live(name, place)
+            seen[name] = live(name, place)
             marks.append((logged.position(), words, dict(seen)))
     if besides is not None:
         besides.end()
@@ -205,12 +207,12 @@ class Judge:
         wrong: list[str] = []
         # The journal is played back by fsck for the one half, by the kernel for the other.
         if cut.seed % 2:
-            wrong += _check_disk(image, "-p", most=1)
+            wrong += check_disk(image, "-p", most=1)
         said = "not mounted"
         if not wrong:
             said, found = in_own_namespace(lambda: self._boot(cut, image, before, after))
             wrong += found
-            wrong += _check_disk(image, "-n", most=0)
+            wrong += check_disk(image, "-n", most=0)
         return Outcome(cut, command, said, tuple(wrong))
 
     def _boot(self, cut: Cut, image: bytes, before: State, after: State) -> tuple[str, list[str]]:
@@ -223,15 +225,15 @@ class Judge:
             wrong += [f"boot warns: {warning.message}" for warning in document.warnings]
         for name, target in place.targets.items():
             with _told(wrong, f"look at {name}"):
-                live = _live(name, place)
-                if live not in (before[name], after[name]):
-                    wrong.append(f"{name} shows {live}, and was {before[name]}, to be {after[name]}")
+                found = live(name, place)
+                if found not in (before[name], after[name]):
+                    wrong.append(f"{name} shows {found}, and was {before[name]}, to be {after[name]}")
                 if before[name] != after[name]:
-                    said = "before" if live == before[name] else "after"
+                    said = "before" if found == before[name] else "after"
                 history = {each.generation for each in tuckctl.history(target).generations}
-                if live.generation is not None and live.generation not in history:
-                    wrong.append(f"{name}: generation {live.generation} is live, and not on record: {history}")
-        name = random.Random(cut.seed).choice(_NAMES)
+                if found.generation is not None and found.generation not in history:
+                    wrong.append(f"{name}: generation {found.generation} is live, and not on record: {history}")
+        name = random.Random(cut.seed).choice(NAMES)
         with _told(wrong, f"go on with {name}"):
             wrong += self._go_on(name, place.targets[name])
         place.clear()
@@ -240,16 +242,16 @@ class Judge:
 
     def _go_on(self, name: str, target: bytes) -> Iterator[str]:
         """Swap, collect and go back; say what went wrong."""
-        place, live = self._place, _live(name, self._place)
-        image = next(each for each in place.images if each != live.content)
+        place, before = self._place, live(name, self._place)
+        image = next(each for each in place.images if each != before.content)
         done = tuckctl.swap(target, [place.image(image)])
         if (done.outcome, place.seen(name)) != ("swapped", image):
             yield f"{name}: a swap to {image} ends with {done.outcome}, and {place.seen(name)} is seen"
         tuckctl.gc(keep=0)
-        if live.generation is not None:
+        if before.generation is not None:
             tuckctl.rollback(target)
-            if _live(name, place) != live:
-                yield f"{name}: rolled back, it shows {_live(name, place)}, and not {live}"
+            if live(name, place) != before:
+                yield f"{name}: rolled back, it shows {live(name, place)}, and not {before}"
 
 
 @contextlib.contextmanager
@@ -260,7 +262,7 @@ def _told(wrong: list[str], what: str) -> Iterator[None]:
         wrong.append(f"{what}: {error}")
 
 
-def _check_disk(image: bytes, how: str, *, most: int) -> list[str]:
+def check_disk(image: bytes, how: str, *, most: int) -> list[str]:
     """Have e2fsck(8) look at a filesystem: 0 says that it is sound, 1 that its journal was played back."""
     said = run("sh", "-c", 'e2fsck -f "$1" "$2"; echo "exit $?"', "-", how, image)
     return [] if int(said.rpartition(" ")[2]) <= most else [f"e2fsck {how}: {said}"]
@@ -362,6 +364,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev power", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--states", metavar="N", type=int, default=1000, help="how many crash states (1000)")
     parser.add_argument("--seed", metavar="N", type=int, default=random.randrange(1 << 32), help="which ones")
+    machine = "kill a virtual machine N times (10)"
+    parser.add_argument("--machine", metavar="N", nargs="?", type=int, const=10, help=machine)
     parser.add_argument("--keep", metavar="DIRECTORY", default="", help="for the disks that did not survive")
     parser.add_argument(
         "--without", metavar="FLUSHES", choices=tuple(LEFT_OUT), default="", help="leave them out: it must be found out"
@@ -369,6 +373,12 @@ def main() -> int:
     chosen = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("mounting needs root")
+    if chosen.machine is not None:
+        from tests.vm.power import cycles  # noqa: PLC0415 - it uses this module
+
+        wrong = cycles(chosen.machine, chosen.seed, lambda line: print(line, flush=True))  # noqa: T201 - progress
+        print(*wrong, f"seed {chosen.seed}: killed {chosen.machine} times: {'lost' if wrong else 'whole'}", sep="\n")  # noqa: T201
+        return 1 if wrong else 0
     progress = Progress(chosen.states)
     walk(chosen.states, chosen.seed, progress, left_out=chosen.without, keep=chosen.keep)
     progress.conclude(f"seed {chosen.seed}")
