@@ -38,9 +38,10 @@ def state_error(path: bytes, error: OSError) -> TuckError:
 
 
 def _make_directories(path: bytes) -> None:
-    """Make a directory and what is missing above it, 0700 whatever the umask."""
+    """Make a directory and what is missing above it, 0700 whatever the umask, each with its name on the disk."""
     try:
         os.mkdir(path, 0o700)
+        sync_directory(os.path.dirname(path))
     except FileExistsError:
         if not os.path.isdir(path):
             raise
@@ -160,15 +161,27 @@ class Draft:
             self.close()
             raise state_error(self._final, error) from error
 
-    def publish(self) -> None:
-        """Put it in place of the file. Raises TuckError."""
+    def publish(self, *, settle: bool = True) -> None:
+        """Put it in place of the file; the name is on the disk when it, or another one beside it, is settled.
+
+        Raises TuckError.
+        """
         if self._draft is None:
             return
         try:
             os.rename(self._draft, self._final)
-            self._draft = None
-            if self._durable:
-                sync_directory(self._directory)
+        except OSError as error:
+            raise state_error(self._final, error) from error
+        self._draft = None
+        if settle:
+            self.settle()
+
+    def settle(self) -> None:
+        """Have all names in the directory on the disk. Raises TuckError."""
+        if not self._durable:
+            return
+        try:
+            sync_directory(self._directory)
         except OSError as error:
             raise state_error(self._final, error) from error
 

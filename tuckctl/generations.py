@@ -295,9 +295,9 @@ class Records:
         return Draft(self.directory, "current.json", json.dumps(asdict(current)).encode())
 
     def write(self, generation: Generation) -> None:
-        """Record a generation durably."""
+        """Record a generation; after a loss of power it is there as a whole or not at all, until one is published."""
         with self.draft(generation) as draft:
-            draft.publish()
+            draft.publish(settle=False)
 
     def was_seen(self, number: int) -> bool:
         """Whether a generation was ever live. Raises RefusedError where its record is damaged."""

@@ -8,6 +8,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
+from tuckctl.durable import sync_directory
 from tuckctl.errors import RefusedError, TuckError
 from tuckctl.generations import all_records
 from tuckctl.holding import read_replaced
@@ -30,6 +31,9 @@ def drop_generations(records: Records, places: Places, keep: int, live: int | No
         numbers, _ = surplus(records, places, keep, {live})
         for number in numbers:
             records.remove(number)
+        if numbers:
+            # No image goes before the record that names it.
+            sync_directory(records.directory)
         records.remove_leftovers()
 
 

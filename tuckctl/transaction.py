@@ -794,8 +794,9 @@ def _enlist(
         turn.generation = replace(turn.generation, outcome="swapped")
     number = turn.generation.number
     current = Current(number, _previous(scene, number), scene.boot_id, scene.namespace, exchange.new_id)
-    records = [stack.enter_context(scene.records.draft(turn.generation))]
-    records.append(stack.enter_context(scene.records.draft_current(current)))
+    records = [stack.enter_context(scene.records.draft_current(current))]
+    if scene.records.get(number) != turn.generation:
+        records.insert(0, stack.enter_context(scene.records.draft(turn.generation)))
     keepsake = _keepsake(stack, scene)
     clone = None
     if way_back and live.old is not None:
@@ -972,7 +973,12 @@ def _publish(course: Course, enlisted: Sequence[_Enlisted]) -> None:
     for each in enlisted:
         try:
             for record in each.records:
-                record.publish()
+                record.publish(settle=False)
+        except TuckError as error:
+            failure = failure or error
+    for each in enlisted:
+        try:
+            each.records[-1].settle()
         except TuckError as error:
             failure = failure or error
     if failure is not None:

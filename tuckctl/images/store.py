@@ -149,8 +149,15 @@ class Store:
         if kept is None:
             return None
         try:
-            if Stamp.of(kept).size == size and self.digest(kept, progress=progress, own=True) == sha256:
-                return kept
+            if Stamp.of(kept).size == size:
+                found = self._cache.find(kept, own=True)
+                if found is None:
+                    found = self.digest(kept, progress=progress, own=True)
+                    # Who made it may have been killed before its name was on the disk.
+                    with self._failures(), self._images() as images:
+                        sync_directory(images)
+                if found == sha256:
+                    return kept
         except Flaw:
             pass  # It cannot be read any more: it is made anew.
         except BaseException:
