@@ -41,14 +41,14 @@ from tuckctl.kernel.syscalls import (
 )
 from tuckctl.kernel.threads import on_thread
 from tuckctl.plain import bring_plain
-from tuckctl.receivers import place_of, reason_of
+from tuckctl.receivers import is_own, observe, place_of, reason_of
 from tuckctl.relations import New, Relations
 from tuckctl.spaces import in_spaces, insist, is_folder, is_gone, reach, relative, unmount, walk
 from tuckctl.switchboard import BLANK, Switchboard, alone, unmount_here
-from tuckctl.target import children, look
+from tuckctl.target import Content, Known, children, look
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from tuckctl.plain import Brought
     from tuckctl.receivers import Arrival, Place
     from tuckctl.selection import Selection
-    from tuckctl.target import Content
 
 _AT_ONCE = 32
 """How many receivers one thread brings; each takes a few descriptors."""
@@ -75,6 +74,20 @@ class _Shown:
     device: tuple[int, int]
     root: bytes
     attributes: MountAttr | None
+    is_base: bool = False
+
+
+@frozen
+class Based:
+    """Mounts of base in receivers' places: how they were found, what they show, and whose peers or slaves were there.
+
+    `slaves` and `peers` are of what was taken off, by the ids of these mounts.
+    """
+
+    matches: tuple[Match, ...]
+    content: Content
+    slaves: tuple[int, ...]
+    peers: tuple[int, ...]
 
 
 @dataclass(slots=True)
@@ -99,6 +112,8 @@ class _Stray:
     """What lay beneath it, was taken out for the moment, and has to come back."""
     found: int = 0
     """The id of what an interrupted attempt had put in its place already."""
+    is_bare: bool = False
+    """Whether base lies beneath it, and is what is wanted."""
     is_placed: bool = False
     is_off: bool = False
     """Whether its mount was taken off."""
@@ -153,13 +168,15 @@ class Convergence:
         self._busy, self._deadline = busy, deadline
         self._failed: dict[int, str] = {}
         self._recalled: dict[int, Mounted] = {}
-        self._brought: set[int] = set()
+        self._brought: dict[int, Mounted] = {}
         self._beneath: dict[int, int] = {}
         """The mounts of new that came to receivers in this transaction, by their ids: beneath whose mount each did."""
         self._before: dict[int, Match] = {}
         """Receivers as they were before the reveal, by their ids: a slave is private once its masters are gone."""
         self._shown = [_Shown(old.device, old.root, old.attributes)] if old is not None else []
-        self._shown += [_Shown(content.device, content.root, None) for content in left]
+        self._shown += [
+            _Shown(content.device, content.root, content.attributes, is_base=bool(content.mounts)) for content in left
+        ]
         self._stack = contextlib.ExitStack()
         self._board = self._stack.enter_context(Switchboard())
         self._board.lend(around)
@@ -173,6 +190,9 @@ class Convergence:
         """Those beneath whose mounts new lies, and who use them, by the ids of their mounts."""
         self._is_placing = False
         self._known: New | None = None
+        self.doubted: tuple[Match, ...] = ()
+        """Who may show what is replaced, or the same on another account: nobody may touch them."""
+        self._doubted = {mount.id for content in left for mount in content.mounts if not mount.point}
 
     def __enter__(self) -> Self:
         """Own what it opens for the length of a block."""
@@ -183,6 +203,11 @@ class Convergence:
     ) -> None:
         """Close it."""
         self._stack.close()
+
+    def doubt(self, matches: Iterable[Match]) -> None:
+        """Take who may have come from the target or from elsewhere: it is told, and left."""
+        self.doubted = tuple(matches)
+        self._doubted |= {match.mount_id for match in self.doubted}
 
     def explains(self, match: Match) -> bool:
         """Whether it is known why a receiver was left where it was."""
@@ -228,16 +253,63 @@ class Convergence:
     def recall(self, aside: Iterable[Mounted], brought: Iterable[Mounted]) -> None:
         """Take what an interrupted transaction told: who was set aside, as they were, and what it put in places."""
         self._recalled = {mount.id: mount for mount in aside}
-        self._brought = {mount.id for mount in brought}
+        self._brought = {mount.id: mount for mount in brought}
+        self._beneath |= {mount.id: mount.beneath for mount in self._brought.values() if mount.beneath}
 
-    def know_slaves(self, ids: Iterable[int]) -> None:
-        """Take who among those that were left on earlier content was a slave of it."""
-        self._relations.slaves = frozenset(ids)
+    def note_before(self, matches: Iterable[Match]) -> None:
+        """Note receivers as they are before anything is taken off: what they are to each other ends with that."""
+        self._before = {match.mount_id: match for match in matches}
+        self._relations.note_masters(self._before.values())
+
+    def know(self, slaves: Iterable[int], peers: Iterable[int]) -> None:
+        """Take who among those that were left on earlier content was a slave, or a peer, of it."""
+        self._relations.slaves, self._relations.peers = frozenset(slaves), frozenset(peers)
 
     def slaves(self) -> tuple[int, ...]:
         """Return who was a slave of old, or of the content before, by the ids of their mounts."""
         found = (mount for mount, match in self._before.items() if self._relations.is_slave_of_old(match))
         return tuple(dict.fromkeys((*self._relations.slaves, *found)))
+
+    def peers(self) -> tuple[int, ...]:
+        """Return who was a peer of the content before, by the ids of their mounts."""
+        return tuple(self._relations.peers)
+
+    @property
+    def doubts(self) -> frozenset[int]:
+        """The ids of the mounts of those that nobody may touch."""
+        return frozenset(self._doubted)
+
+    @property
+    def is_to_base(self) -> bool:
+        """Whether what lies at the bottom is to be seen, and no new content."""
+        return self._base is not None
+
+    def at_base(self) -> Based | None:
+        """Tell of the mounts of base that were put in receivers' places: none of them follows what comes next."""
+        if self._base is None or not (self.converged or self._brought):
+            return None
+        base = self._base
+        place = relative(self._path, base.point)
+        root = os.path.join(base.root, place) if place else base.root
+        recalled = dict(_recalled(self._brought.values(), base.device))
+        found = observe([base.device], min(self.converged) - 1).matches if self.converged else ()
+        mine = (match for match in found if match.mount_id in self.converged)
+        everyone = {match.mount_id: match for match in (*recalled, *mine)}
+        matches, known, slaves, peers = [], [], [], []
+        for match in everyone.values():
+            with contextlib.suppress(KernelError):
+                mount = look(match.mount_id, match.namespace_id)
+                earlier, before = recalled.get(match), self._before.get(self._beneath.get(mount.id, 0))
+                matches.append(match)
+                known.append(Known(mount.id, mount.root, mount.point))
+                if any(each is not None and self._relations.is_slave_of_old(each) for each in (before, earlier)):
+                    slaves.append(mount.id)
+                if any(each is not None and self._relations.is_peer_of_old(each) for each in (before, earlier)):
+                    peers.append(mount.id)
+        if not known:
+            return None
+        content = Content(base.device, root, base.source, base.attributes, tuple(known))
+        return Based(tuple(matches), content, tuple(slaves), tuple(peers))
 
     # Before the reveal.
 
@@ -246,8 +318,7 @@ class Convergence:
 
         `new` are the copies of new by their ids; for the others and the errors see `Asides.set_aside`.
         """
-        self._before = {match.mount_id: match for match in (*found.follow, *found.stale)}
-        self._relations.note_masters(self._before.values())
+        self.note_before((*found.follow, *found.stale))
         found = self._asides.set_aside(found, common, carriers=carriers, excepted=self.excepted)
         self._relations.note_followers(
             {m.peer_group: new[m.parent_id] for m in found.follow if m.peer_group and m.parent_id in new}
@@ -266,16 +337,19 @@ class Convergence:
         if any(self._asides.is_foreign(match) for match in copies):
             self._asides.lock_seen(copies, self._look_at_new())
 
-    def place(self, stale: Sequence[Match]) -> None:
+    def place(self, stale: Sequence[Match], *, within: Collection[int] = ()) -> None:
         """Put new beneath every receiver that would not follow, so that one unmount reveals it to all.
 
-        Raises UndoneError where one cannot be brought; `reasons` tell why.
+        Base is put there for a detach: each has its own unmount then. `within` are mounts that lie on old itself:
+        what is put beneath one of those would go with old. Raises UndoneError where one cannot be brought; `reasons`
+        tell why.
         """
-        if not look(mount_id(self._fd)).peer_group:
+        if self._base is None and not look(mount_id(self._fd)).peer_group:
             mount_setattr(self._fd, propagation=Propagation.SHARED)
         new = self._look_at_new()
+        self._failed |= {match.mount_id: "bind" for match in stale if match.mount_id in within}
         self._is_placing = True
-        for chunk in self._chunks(stale):
+        for chunk in self._chunks([match for match in stale if match.mount_id not in within]):
             on_thread(partial(self._place_all, chunk, new))
         self._is_placing = False
         self._refuse_in_use()
@@ -283,8 +357,9 @@ class Convergence:
             count = len(self._failed)
             raise UndoneError(
                 "receivers-would-be-left-behind",
-                f"{show(self._path)}: {count} receiver{'s' if count > 1 else ''} cannot be brought to the new content",
-                "--receivers converge swaps for the others; --except leaves named ones as they are",
+                f"{show(self._path)}: {count} receiver{'s' if count > 1 else ''} cannot be brought to"
+                f" {'the new content' if self._base is None else 'base'}",
+                "--receivers converge does it for the others; --except leaves named ones as they are",
             )
 
     @property
@@ -294,7 +369,11 @@ class Convergence:
 
     def _refuse_in_use(self) -> None:
         """Wait, and note who uses what the one unmount cannot prove to be free."""
-        alone = [stray for stray in self._placed if not stray.is_plain or stray.mount.root != stray.shown.root]
+        alone = [
+            stray
+            for stray in self._placed
+            if self._base is not None or not stray.is_plain or stray.mount.root != stray.shown.root
+        ]
         if not alone or self._busy == "lazy":
             return
         ids = tuple(identity for stray in alone for identity in stray.ids)
@@ -360,7 +439,7 @@ class Convergence:
         setns(space, Clone.NEWNS)
         if not is_gone(stray.mount.id, stray.match.namespace_id):
             self._detach(stray, space)
-        if not stray.is_locked:
+        if not stray.is_locked and not stray.is_bare:
             self._settle(stray)
             setns(self._board.home, Clone.NEWNS)
             self._relate(stray, new)
@@ -407,10 +486,13 @@ class Convergence:
 
     def _plain_root(self, match: Match, new: New) -> bytes | None:
         """Return the root of what a receiver shows, where it has no relations, and no flags but those that all have."""
+        if match.mount_id in self._doubted:
+            return None
         shown = next((each for each in self._shown if each.device == match.device), None)
         before = self._before.get(match.mount_id, self._asides.original(match))
         is_plain = (
             shown is not None
+            and not shown.is_base
             and before.raw_propagation == Propagation.PRIVATE
             and not (before.peer_group or before.master)
             and before.attributes == shown.attributes
@@ -436,6 +518,10 @@ class Convergence:
         place = None
         with contextlib.suppress(KernelError):
             place = place_of(self._path)
+        for match in wanted:
+            if match.mount_id in self._doubted:
+                self._failed[match.mount_id] = "bind"
+        wanted = [match for match in wanted if match.mount_id not in self._doubted]
         with contextlib.ExitStack() as stack:
             chunk: list[tuple[_Stray, Fd]] = []
             for match, space in in_spaces(wanted):
@@ -479,11 +565,13 @@ class Convergence:
                 self._clone(stray, new)
                 self._note([stray])
                 self._placed.append(stray)
-                self._put(stray, space, new)
+                stray.is_bare = self._rests_on_base(stray, space, new)
+                if not stray.is_bare:
+                    self._put(stray, space, new)
         for stray in self._placed:
-            if not stray.is_placed:
+            if not (stray.is_placed or stray.is_bare):
                 stray.clone.close()
-        self._placed = [stray for stray in self._placed if stray.is_placed]
+        self._placed = [stray for stray in self._placed if stray.is_placed or stray.is_bare]
 
     def _bring_all(self, chunk: list[tuple[_Stray, Fd]], new: New, *, patient: bool) -> None:
         try:
@@ -513,6 +601,8 @@ class Convergence:
             below = look(stray.mount.parent_id)
             stray.parent = look(below.parent_id) if below.id in self.converged else below
             self._take_off(stray, space, patient=patient)
+        elif self._is_beneath_its_own(stray, space):
+            insist(partial(self._detach, stray, space))
         elif self._rests_on_base(stray, space, new):
             self._take_off(stray, space, patient=patient)
         elif not stray.clone.closed:
@@ -530,10 +620,18 @@ class Convergence:
 
     def _note(self, strays: Sequence[_Stray], identity: int = 0) -> None:
         if self._journal is not None:
-            every = bool(identity) or self._base is not None
-            related = [stray for stray in strays if every or stray.match.peer_group or stray.match.master]
+            every = bool(identity) or self._base is not None or (self._known and not is_own(self._known.facts))
+            carrying = {match.parent_id for match in self._before.values()}
+            related = [
+                stray
+                for stray in strays
+                if every or stray.match.peer_group or stray.match.master or stray.match.mount_id in carrying
+            ]
             told = [
-                mounted(stray.match, identity or mount_id(stray.clone), stray.match.namespace_id) for stray in related
+                mounted(stray.match, identity or mount_id(stray.clone), stray.match.namespace_id)
+                | {"beneath": stray.match.mount_id}
+                | ({"point": os.fsdecode(stray.mount.point)} if self._base is not None else {})
+                for stray in related
             ]
             self._journal.bringing(told)
 
@@ -621,6 +719,17 @@ class Convergence:
                     raise _no_place(error) from error
             stray.clone = open_tree_attr(source, set_=set_, clear=clear, propagation=propagation)
 
+    def _is_beneath_its_own(self, stray: _Stray, space: Fd) -> bool:
+        """Whether an interrupted attempt left a covered receiver's mount beneath what had come in its place."""
+        setns(space, Clone.NEWNS)
+        mount = look(stray.match.mount_id)
+        above = [child for child in children(mount.id) if child.parent_id == mount.id]
+        if len(above) != 1 or above[0].point != mount.point or self._beneath.get(above[0].id) != mount.id:
+            return False
+        stray.mount, stray.ids, stray.is_covered = mount, (mount.id,), True
+        self.converged[above[0].id] = stray.reason
+        return True
+
     def _rests_on_base(self, stray: _Stray, space: Fd, new: New) -> bool:
         """Whether what is wanted is base, and that is what lies beneath the receiver's mount."""
         if not new.is_base:
@@ -631,7 +740,8 @@ class Convergence:
         stray.mount, stray.parent, stray.ids = mount, parent, (mount.id,)
         here = os.path.normpath(parent.root + b"/" + stray.place)
         base = os.path.normpath(new.facts.root + b"/" + relative(self._path, new.facts.point))
-        return parent.device == new.facts.device and here == base and not children(mount.id)
+        is_plain = stray.shown.attributes in (None, mount.attributes)
+        return is_plain and parent.device == new.facts.device and here == base and not children(mount.id)
 
     def _put(self, stray: _Stray, space: Fd, new: New, *, patient: bool = False) -> None:
         """Put the clone beneath the receiver's mount, and what is mounted on that on the clone."""
@@ -641,6 +751,9 @@ class Convergence:
         if stray.parent.point == mount.point:
             with contextlib.suppress(KernelError):
                 self._take_out_remains(stray, space, new)
+            setns(space, Clone.NEWNS)
+            stray.mount = mount = look(mount.id)
+            stray.parent = look(mount.parent_id)
             if self._is_there(stray, new):
                 return
             if stray.parent.peer_group and new.is_copy(stray.parent):
@@ -737,7 +850,8 @@ class Convergence:
         """Take out what an interrupted attempt left beneath the receiver's mount, the lowest first."""
         while True:
             remains = []
-            at = look(stray.mount.parent_id)
+            setns(space, Clone.NEWNS)
+            at = look(look(stray.mount.id).parent_id)
             while at.point == stray.mount.point and self._is_remainder(at, stray, new):
                 remains.append(at)
                 at = look(at.parent_id)
@@ -750,11 +864,12 @@ class Convergence:
         self._beneath[identity] = stray.mount.id
 
     def _is_remainder(self, mount: Mount, stray: _Stray, new: New) -> bool:
-        if self._beneath.get(mount.id, stray.mount.id) != stray.mount.id:
-            return False  # another receiver, on which this one lies
+        other = self._beneath.get(mount.id, stray.mount.id)
+        if other != stray.mount.id and not (stray.shown.is_base and is_gone(other, stray.match.namespace_id)):
+            return False  # another receiver, on which this one lies; base lies there in that one's stead
         if new.is_copy(mount) or mount.id in self._brought:
             return True
-        ours = mount.source == BLANK or any(mount.device == shown.device for shown in self._shown)
+        ours = mount.source == BLANK or any(mount.device == shown.device for shown in self._shown if not shown.is_base)
         return ours and self._asides.is_foreign(stray.match)
 
     def _with_submounts(self, clone: Fd, submounts: Sequence[tuple[bytes, Fd]]) -> Fd:
@@ -904,6 +1019,8 @@ class Convergence:
     def _withdraw(self, stray: _Stray, space: Fd) -> None:
         """Take the clone out from beneath the receiver's mount, unseen as it came."""
         setns(space, Clone.NEWNS)
+        if stray.is_bare:
+            return
         if stray.found:
             self.converged.pop(stray.found, None)
             stray.is_placed = False
@@ -934,6 +1051,25 @@ class Convergence:
     def _relate(self, stray: _Stray, new: New) -> None:
         if not (stray.is_slave and self._relations.is_slave_of_old(stray.match)):
             self._relations.join(stray.match, stray.clone, new)
+
+
+def _recalled(brought: Iterable[Mounted], device: tuple[int, int]) -> Iterator[tuple[Match, Mounted]]:
+    """Give the mounts that an interrupted transaction put in receivers' places, with what it told of each."""
+    told = {(mount.namespace_id, mount.point): mount for mount in brought if mount.point}
+    if not told:
+        return
+    for match in observe([device], min(mount.id for mount in told.values()) - 1).matches:
+        with contextlib.suppress(KernelError):
+            mount = look(match.mount_id, match.namespace_id)
+            # Where it is locked, what came there is a copy of what was told, and newer.
+            earlier = told.get((match.namespace_id, mount.point))
+            if earlier is not None and mount.id >= earlier.id:
+                yield match, earlier
+
+
+def brought_to(brought: Iterable[Mounted], device: tuple[int, int]) -> list[Match]:
+    """Find the mounts of a superblock that an interrupted transaction put in receivers' places."""
+    return [match for match, _ in _recalled(brought, device)]
 
 
 def _no_place(error: KernelError) -> Exception:

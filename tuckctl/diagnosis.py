@@ -18,7 +18,7 @@ from tuckctl.durable import check_directory, state_error
 from tuckctl.errors import KernelError, RefusedError, TuckError, UnsupportedError, UsageError
 from tuckctl.generations import Records, boot_id
 from tuckctl.holding import read_replaced
-from tuckctl.kernel.flags import AT_FDCWD, Propagation, Resolve, Umount
+from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Propagation, Resolve, Umount
 from tuckctl.kernel.probe import NEEDED, probe
 from tuckctl.kernel.syscalls import mount_id, openat2, quoted, show, umount2
 from tuckctl.kernel.threads import in_private_copy
@@ -26,7 +26,7 @@ from tuckctl.pinned import Pins
 from tuckctl.places import Places
 from tuckctl.plan import Live, classify, live_mounts, refuse_bound_onto_itself, refuse_capabilities, refuse_nested
 from tuckctl.processes import by_namespace, command_of, oldest, owner_of, remedy
-from tuckctl.receivers import UNLOCKED, copies_of, left_behind, observe, reason_of, unlocked, unseen_remedy
+from tuckctl.receivers import UNLOCKED, copies_of, doubtful, left_behind, observe, reason_of, unlocked, unseen_remedy
 from tuckctl.reports import answering
 from tuckctl.results import Doctor, Feature, Finding
 from tuckctl.scene import effective_capabilities, is_recorded_content, mounts_around, refuse_copy
@@ -56,6 +56,8 @@ _WHY = {
     "own-submount": "it has mounts of its own on it",
     "own-flags": "it was remounted with flags of its own, which new content would not have",
     "covered": "another mount covers it",
+    "idmapped": "it shows other owners than the content has (an idmapped mount)",
+    "origin-unknown": "it is a private bind of the content or of the same directory, and nothing tells which",
     "unreachable": "it cannot be looked at there",
 }
 
@@ -282,10 +284,11 @@ class _Visit:
 
     def _look_at_receivers(self, places: Places, target: Target, live: Live, onto: Mount, pins: Pins) -> set[int]:
         """Tell who sees the content and would not follow, or not as safely; return the ids of their mounts."""
-        left = read_replaced(places.of(target.path)).left
+        known = read_replaced(places.of(target.path))
+        left = known.left if live.old is None else known.behind
         devices = [content.device for content in left] + ([live.old.device] if live.old is not None else [])
         sight = observe(devices) if devices else None
-        copies = copies_of(sight, live.old) if sight is not None and live.old is not None else ()
+        copies = copies_of(sight, live.old, known.live) if sight is not None and live.old is not None else ()
         stale = left_behind(sight, left, target.path, but=copies) if sight is not None else ()
         for match in stale:
             mount = _mount_of(match)
@@ -295,6 +298,16 @@ class _Visit:
                     "hazard",
                     f"{show(mount.point)} in namespace {match.namespace_inode} ({self._who(match.namespace_inode)})"
                     " was left on earlier content",
+                    match.namespace_inode,
+                )
+        for match in doubtful(sight, live.old, copies) if sight is not None and live.old is not None else ():
+            mount = _mount_of(match)
+            if mount is not None:
+                self._add_there(
+                    "receiver-origin-unknown",
+                    "hazard",
+                    f"{show(mount.point)} in namespace {match.namespace_inode} ({self._who(match.namespace_inode)})"
+                    f" would not follow: {_WHY['origin-unknown']}; it would be left, and told",
                     match.namespace_inode,
                 )
         own = {mount.id for mount in target.stack}
@@ -323,6 +336,8 @@ class _Visit:
             reason = "own-flags"
         if reason is not None and pins.is_covered(match.namespace_id, mount):
             reason = "covered"
+        if reason is not None and match.attributes & MountAttr.IDMAP:
+            reason = "idmapped"
         stuck = foreign and parent is not None and _is_out_of_reach(match, mount, parent, onto, follows=follows)
         if stuck and reason in ("private", "own-submount"):
             reason = "locked"

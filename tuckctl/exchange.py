@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import time
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from tuckctl.kernel.syscalls import (
     fspick,
     listmount,
     mount_id,
+    mount_points,
     mount_setattr,
     move_mount,
     move_mount_set_group,
@@ -38,15 +40,26 @@ from tuckctl.kernel.threads import in_copy
 from tuckctl.locks import courtesy
 from tuckctl.loosening import carriers
 from tuckctl.plan import refuse_bound_onto_itself
-from tuckctl.receivers import NOBODY, Arrival, Sight, arrival, copies_of, left_behind, observe
+from tuckctl.receivers import (
+    NOBODY,
+    Arrival,
+    Sight,
+    arrival,
+    copies_of,
+    doubtful,
+    left_behind,
+    observe,
+    on_top,
+    reason_of,
+)
 from tuckctl.removal import Leaving, busy_error, detach, remove, remove_in_turn, remove_together
 from tuckctl.target import Content, children, look
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from tuckctl.carry import Carriage
-    from tuckctl.converge import Convergence
+    from tuckctl.converge import Based, Convergence
     from tuckctl.journal import Journal
     from tuckctl.kernel.syscalls import Mount
     from tuckctl.selection import Selection
@@ -79,10 +92,18 @@ class Revealed:
     """The ids of those that were kept from the root of another user namespace."""
     slaves: tuple[int, ...]
     """The ids of those that were slaves of what was replaced."""
+    peers: tuple[int, ...]
+    """The ids of those that were peers of it."""
     places: Mapping[int, Seat]
     """Where those of the replaced ones were that did not follow."""
     earlier: int = 0
     """Up to this id, no mount lies on what is shown, unless it was moved there."""
+    based: Based | None = None
+    """Who was brought to base by a mount of it."""
+    is_detached: bool = False
+    """Whether base is what is to be seen."""
+    doubts: frozenset[int] = frozenset()
+    """The ids of those that may show what was replaced on another account than the target's."""
 
     @property
     def left(self) -> tuple[Match, ...]:
@@ -114,13 +135,15 @@ class Exchange:
         left: Sequence[Content] = (),
         *,
         first: int = 0,
+        live: Content | None = None,
     ) -> None:
         """Take what was found and assembled; nothing is done yet.
 
         `left` is earlier content that some receiver was left on. No mount of old's superblock has a lower id than
-        `first`.
+        `first`. `live` tells of copies of old that cannot be known otherwise.
         """
         self.left = left
+        self._live = live
         self._first = first
         self._sight: Sight | None = None
         self.target = target
@@ -140,6 +163,8 @@ class Exchange:
         """Is told of each mount whose propagation is about to be changed for the moment."""
         self.step: Callable[[str], None] = lambda _: None
         """Is told that everything has arrived: from then on, it can be finished as well as undone."""
+        self.hidden: tuple[int, ...] = ()
+        """The namespaces in which a first overlay lies over mounts of their own."""
         self.others: Fd | None = None
         """What other namespaces get in place of new, where new carries what is only for this one."""
 
@@ -216,10 +241,11 @@ class Exchange:
         shown = [new, self.old] if self.old else [new]
         covered = [self.old.device] if self.old else ()
         sight = self._sight = observe(devices, self.earlier, covered=covered, shown=shown)
-        fresh = Sight(
-            tuple(m for m in sight.matches if m.mount_id >= self.new_id or m.device != new.device), sight.unseen
-        )
-        old = copies_of(sight, self.old) if self.old else ()
+        # Others may mount the same directory, or something of the same filesystem, at that very moment.
+        mine = {match.mount_id for match in copies_of(sight, new) if match.mount_id >= self.new_id}
+        fresh = Sight(tuple(m for m in sight.matches if m.mount_id in mine or m.device != new.device), sight.unseen)
+        old = copies_of(sight, self.old, self._live) if self.old else ()
+        convergence.doubt(doubtful(sight, self.old, old, before=self.new_id) if self.old else ())
         found = arrival(fresh, old, new.device)
         if self.old is not None:
             common = self.carriage.common(parent_shared=self.parent_shared)
@@ -231,11 +257,28 @@ class Exchange:
             found = convergence.lock(found, self.carriage.shared(parent_shared=self.parent_shared))
         elif not len(self.carriage):
             convergence.lock_seen(found.alone)
+        if self.old is None:
+            self.hidden = tuple(match.namespace_inode for match in found.alone if self._hides(match))
         self._covered = tuple(match.mount_id for match in found.follow)
         if len(self.carriage):
             below = (listmount(match.mount_id, match.namespace_id) for match in found.follow)
             self._covered += tuple(identity for ids in below for identity in ids)
         return found
+
+    def _hides(self, match: Match) -> bool:
+        """Whether a first overlay lies over mounts that another namespace has of its own in the target's directory."""
+        if match.mount_id == self.new_id:
+            return False
+        names = {mount.point[len(self.target.path) + 1 :] for mount in self._below}
+        try:
+            point = look(match.mount_id, match.namespace_id).point + b"/"
+            around = mount_points(match.parent_id, match.namespace_id)
+        except KernelError:
+            return False
+        return any(
+            parent == match.parent_id and where.startswith(point) and where[len(point) :] not in names
+            for _, parent, where in around
+        )
 
     def left_before(self) -> tuple[Match, ...]:
         """Return who was left on earlier content than old, by an earlier transaction."""
@@ -243,7 +286,7 @@ class Exchange:
             return ()
         sight = observe([content.device for content in self.left])
         earlier = [match for match in sight.matches if match.mount_id < self.new_id]
-        mine = copies_of(sight, self.old) if self.old is not None else ()
+        mine = copies_of(sight, self.old, self._live) if self.old is not None else ()
         return left_behind(replace(sight, matches=tuple(earlier)), self.left, self.target.path, but=mine)
 
     def note_covered(self, ids: Sequence[int]) -> None:
@@ -274,6 +317,11 @@ class Exchange:
         return max(self._first - 1, 0) if self.old is not None else self.new_id - 1
 
     @property
+    def within(self) -> tuple[int, ...]:
+        """The ids of the submounts of old."""
+        return tuple(mount.id for mount in self._below)
+
+    @property
     def _below(self) -> list[Mount]:
         """The submounts of old."""
         return [item.mount for item in self.carriage.carried]
@@ -287,22 +335,25 @@ class Exchange:
                 f"tuckctl status {quoted(self.target.path)}",
             )
 
-    def verify_revealed(self) -> tuple[tuple[Match, ...], tuple[Match, ...], int]:
+    def verify_revealed(self, brought: Collection[int]) -> tuple[tuple[Match, ...], tuple[Match, ...], int]:
         """Look again everywhere: that an unmount succeeded proves nothing.
 
-        Returns who shows new, who shows old or earlier content, and how many namespaces could not be looked into.
+        `brought` are the ids of mounts that were put in receivers' places. Returns who shows new, who shows old or
+        earlier content, and how many namespaces could not be looked into.
         """
         self.refuse_not_revealed()
         new = look(self.new_id)
         devices = [new.device, *([self.old.device] if self.old else []), *(content.device for content in self.left)]
         shown: list[Mount | Content] = [new, *([self.old] if self.old else []), *self.left]
         sight = observe(devices, 0 if self.left else self.earlier, known=self._sight, shown=shown)
-        receivers = tuple(match for match in copies_of(sight, new) if match.mount_id >= self.new_id)
+        receivers = tuple(match for match in copies_of(sight, new, brought=brought) if match.mount_id >= self.new_id)
         # A directory, or a part of it, may follow itself: what is new has the same superblock then.
         mine = {match.mount_id for match in receivers}
-        stale = tuple(match for match in (copies_of(sight, self.old) if self.old else ()) if match.mount_id not in mine)
+        before = copies_of(sight, self.old, self._live) if self.old else ()
+        before += doubtful(sight, self.old, before, before=self.new_id) if self.old else ()
+        stale = tuple(match for match in before if match.mount_id not in mine)
         stale += left_behind(sight, self.left, self.target.path, but=(*receivers, *stale))
-        return receivers, stale, sight.unseen
+        return on_top(receivers, stale), stale, sight.unseen
 
     def restore_propagation(self) -> None:
         """Give new the propagation that old had here: after the reveal, which follows new's own."""
@@ -334,11 +385,16 @@ class Exchange:
         top = self.target.top_id()
         if self.old is None:
             if top == self.new_id:
-                copies = observe([look(top).device], top - 1).matches
+                new = look(top)
+                copies = copies_of(observe([new.device], top - 1), new)
                 detach(self.target, top, children(top), copies)
             return True
         if top == self.new_id:
             return False
+        if top != self.old.id and self.parent_shared and self._is_between():
+            # Someone mounted something on old: that stays.
+            self._untuck()
+            return not self._is_between()
         below = look(top).parent_id
         if top == self.old.id and below == self.new_id:
             if not self.can_undo:
@@ -356,21 +412,28 @@ class Exchange:
             f"tuckctl status {quoted(self.target.path)}",
         )
 
+    def _is_between(self) -> bool:
+        """Whether new lies right beneath old."""
+        around = [mount.id for mount in self.target.refreshed().stack]
+        return self.old is not None and (self.new_id, self.old.id) in itertools.pairwise(around)
+
     def _untuck(self) -> None:
         """Unmount new from beneath old.
 
-        In a copy of the namespace old is detached, here only, and then new: that propagates from
+        In a copy of the namespace old is detached, with what lies on it, here only, and then new: that propagates from
         the parent, and wherever old lies on a copy of new the kernel re-seats it (umount propagation,
         fs/pnode.c). The way in is the descriptor on new, whose counterpart is the copy's working directory.
         """
+        is_covered = self.old is not None and self.target.top_id() != self.old.id
 
         def take_out() -> None:
             name = self.target.name
             with Fd(os.open(".", os.O_PATH)) as here:
-                mount_setattr(here, propagation=Propagation.PRIVATE)
+                mount_setattr(here, propagation=Propagation.PRIVATE, recursive=is_covered)
                 os.chdir("..")
                 mount_setattr(AT_FDCWD, name, propagation=Propagation.PRIVATE, recursive=True)
-                umount2(name, Umount.DETACH)
+                while mount_id(AT_FDCWD, name) != mount_id(here):
+                    umount2(name, Umount.DETACH)
                 move_mount_set_group(self.new, here)
             umount2(name, Umount.DETACH)
 
@@ -485,6 +548,7 @@ def run(
             stack.enter_context(_outlasting(part.exchange.target))
         try:
             _arrive(parts, receivers, enter)
+            _warn_of_hidden(parts, warn)
             enter("reveal")
             for part in parts:
                 part.journal.step("reveal")
@@ -499,6 +563,18 @@ def run(
             part.exchange.restore_propagation()
         # The last first: who looks at one target after the other never sees new, and after that old.
         return [_finish(part, receivers, enter) for part in reversed(parts)][::-1]
+
+
+def _warn_of_hidden(parts: Sequence[Part], warn: Callable[[str, str, str], None]) -> None:
+    for part in parts:
+        if part.exchange.hidden:
+            spaces = ", ".join(map(str, part.exchange.hidden))
+            warn(
+                "submounts-hidden",
+                f"{show(part.exchange.target.path)}: the first content lies over what is mounted in this directory in"
+                f" other mount namespaces ({spaces})",
+                "restart what lives there",
+            )
 
 
 def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None]) -> None:
@@ -518,7 +594,8 @@ def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None])
             part.found = part.exchange.verify_tucked(part.convergence)
         for part in wave if receivers == "require" else ():
             part.journal.step("place")
-            part.convergence.place((*part.found.stale, *part.exchange.left_before()))
+            everyone = (*part.found.stale, *part.convergence.doubted, *part.exchange.left_before())
+            part.convergence.place(everyone, within=part.exchange.within)
             part.exchange.note_covered(part.convergence.placed)
 
 
@@ -581,7 +658,7 @@ def _finish(part: Part, receivers: str, enter: Callable[[str], None]) -> Reveale
     part.convergence.finish()
     revealed = converge(
         part.convergence,
-        part.exchange.verify_revealed,
+        lambda: part.exchange.verify_revealed(part.convergence.converged),
         shown=part.exchange.new_id,
         replaced=part.replaced,
         receivers=receivers,
@@ -616,9 +693,10 @@ def converge(
             convergence.bring(strays)
             enter("check")
         present, stale, unseen = verify()
+    based = convergence.at_base()
     return Revealed(
         shown,
-        present,
+        present + (based.matches if based is not None else ()),
         stale,
         unseen,
         (*replaced, *convergence.replaced),
@@ -627,12 +705,44 @@ def converge(
         frozenset(match.mount_id for match in stale if convergence.excepted(match)),
         frozenset(convergence.locked),
         convergence.slaves(),
+        convergence.peers(),
         convergence.replaced,
+        based=based,
+        is_detached=convergence.is_to_base,
+        doubts=convergence.doubts,
     )
 
 
 def _content(mount: Mount) -> tuple[bytes, tuple[int, int], bytes]:
     return mount.point, mount.device, mount.root
+
+
+def _around_restricted(target: Target, old: Mount, copies: Sequence[Match]) -> list[Match]:
+    """Return the mounts around receivers that have flags of their own, which an unmount would take with it."""
+    parents = {m.parent_id for m in copies if m.mount_id != old.id and m.attributes != old.attributes}
+    if not parents or not target.below.peer_group:
+        return []
+    around = observe([target.below.device]).matches
+    return [match for match in around if match.mount_id in parents and (match.peer_group or match.master)]
+
+
+def _strays(target: Target, old: Mount, copies: Sequence[Match]) -> list[Match]:
+    """Return the receivers that an unmount of old leaves where they are: it goes to what gets mounts from around it."""
+    around = target.below
+    masters = {match.peer_group: match.master for match in observe([around.device]).matches if match.peer_group}
+
+    def receives(match: Match) -> bool:
+        try:
+            parent = look(match.parent_id, match.namespace_id)
+        except KernelError:
+            return True  # it is gone
+        group = parent.peer_group or parent.master
+        while group and group != around.peer_group:
+            group = masters.get(group, 0)
+        mine = match.attributes == old.attributes
+        return bool(group) and mine and reason_of(match, target.path) == "private"
+
+    return [match for match in copies if match.mount_id != old.id and not receives(match)]
 
 
 def take_off(
@@ -646,10 +756,13 @@ def take_off(
     enter: Callable[[str], None],
     left: Sequence[Content] = (),
     first: int = 0,
+    live: Content | None = None,
+    step: Callable[[str], None] = lambda _: None,
 ) -> Revealed:
     """Take the overlay off a target and see that base is there. Submounts that base lacks are a reason to refuse.
 
     `left` is earlier content that some receiver was left on. No mount of old's superblock has a lower id than `first`.
+    `step` is told what is about to be done.
     """
     below = children(old.id)
     ours = {mount.id for mount in below}
@@ -663,20 +776,38 @@ def take_off(
         )
     enter("verify")
     earlier = max(first - 1, 0)
-    before = copies_of(observe([old.device], earlier), old)
+    sight = observe([old.device], earlier)
+    before = copies_of(sight, old, live)
+    convergence.note_before(before)
+    convergence.doubt(doubtful(sight, old, before))
     enter("reveal")
     ids = (*(match.mount_id for match in before), *(mount.id for mount in below))
 
     def verify() -> Look:
         sought: list[Mount | Content] = [old, *left]
         sight = observe([each.device for each in sought], 0 if left else earlier, shown=sought)
-        stale = copies_of(sight, old)
+        stale = copies_of(sight, old, live)
+        stale += doubtful(sight, old, stale)
         return (), stale + left_behind(sight, left, target.path, but=stale), sight.unseen
 
     with _outlasting(target):
-        spared = (*strangers(target, old), *around_of(target, convergence.excepted))
-        with shielded(tuple({match.mount_id: match for match in spared}.values())):
-            replaced = remove(target, old, busy, deadline, below=below, follow=before, ids=ids)
-            enter("check")
+        spared = (
+            *strangers(target, old),
+            *around_of(target, convergence.excepted),
+            *_around_restricted(target, old, before),
+        )
+        try:
+            if receivers == "require":
+                step("place")
+                convergence.place(_strays(target, old, verify()[1]), within=[mount.id for mount in below])
+            step("reveal")
+            with shielded(tuple({match.mount_id: match for match in spared}.values())):
+                replaced = remove(target, old, busy, deadline, below=below, follow=before, ids=ids)
+                enter("check")
+        except BaseException:
+            if target.top_id() == old.id:
+                convergence.give_back()
+            raise
+        convergence.finish()
         shown = target.top_id()
         return converge(convergence, verify, shown=shown, replaced=replaced, receivers=receivers, enter=enter)

@@ -7,16 +7,16 @@ import contextlib
 import json
 import os
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tuckctl.durable import is_none, parse_json, read_file, state_error, unsigned, write_file
 from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
-from tuckctl.kernel.flags import Hold
+from tuckctl.kernel.flags import Hold, MountAttr
 from tuckctl.kernel.syscalls import find_holders, show
 from tuckctl.processes import FIRST_PROCESSES, FIRST_USERS, command_of, owner_of, remedy
 from tuckctl.results import Holder, Problem
-from tuckctl.target import Content, children, look
+from tuckctl.target import Content, Known, children, look
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -194,6 +194,17 @@ class Replaced:
     excluded: tuple[int, ...] = ()
     slaves: tuple[int, ...] = ()
     """The ids of those among the mounts left on it that were slaves of it: they are private once it is gone."""
+    bases: tuple[Content, ...] = ()
+    """Base, where a detach left it to receivers as mounts of their own: the next content is to replace those."""
+    live: Content | None = None
+    """The content that is live, where others may have mounted the same, with the mounts that receivers got of it."""
+    peers: tuple[int, ...] = ()
+    """The ids of those among these mounts whose receivers were peers of what was taken off; see `slaves` for others."""
+
+    @property
+    def behind(self) -> tuple[Content, ...]:
+        """All that a receiver may show where another content is live."""
+        return (*self.left, *self.bases)
 
 
 def read_replaced(directory: bytes) -> Replaced:
@@ -206,16 +217,16 @@ def read_replaced(directory: bytes) -> Replaced:
         return Replaced(
             tuple(unsigned(identity) for identity in found["mount_ids"]),
             tuple((unsigned(major, 32), unsigned(minor, 32)) for major, minor in found["devices"]),
-            tuple(
-                Content((unsigned(major, 32), unsigned(minor, 32)), os.fsencode(root), os.fsencode(source))
-                for major, minor, root, source in found["left"]
-            ),
+            tuple(_content(*each) for each in found["left"]),
             tuple(
                 (unsigned(identity), Seat(os.fsencode(point), os.fsencode(part)))
                 for identity, point, part in found.get("places", ())
             ),
             tuple(unsigned(identity) for identity in found["excluded"]),
             tuple(unsigned(identity) for identity in found.get("slaves", ())),
+            tuple(_content(*each) for each in found.get("bases", ())),
+            _content(*found["live"]) if found.get("live") else None,
+            tuple(unsigned(identity) for identity in found.get("peers", ())),
         )
     except OSError as error:
         if is_none(error):
@@ -225,16 +236,39 @@ def read_replaced(directory: bytes) -> Replaced:
         return Replaced()
 
 
+def _content(  # noqa: PLR0917 - a row of the document
+    major: Any,
+    minor: Any,
+    root: str,
+    source: str,
+    attributes: Any = None,
+    mounts: Sequence[Any] = (),
+    is_bind: Any = False,  # noqa: FBT002
+) -> Content:
+    known = tuple(Known(int(each), os.fsencode(part), os.fsencode(point)) for each, part, point in mounts)
+    flags = None if attributes is None else MountAttr(attributes)
+    device = int(major), int(minor)
+    return Content(device, os.fsencode(root), os.fsencode(source), flags, known, is_bind=bool(is_bind))
+
+
+def _told(content: Content) -> tuple[Any, ...]:
+    mounts = [(each.id, os.fsdecode(each.root), os.fsdecode(each.point)) for each in content.mounts]
+    flags = None if content.attributes is None else int(content.attributes)
+    return *content.device, os.fsdecode(content.root), os.fsdecode(content.source), flags, mounts, content.is_bind
+
+
 def write_replaced(directory: bytes, replaced: Replaced) -> None:
     """Remember what was replaced while in use, until the next boot."""
-    left = [(*content.device, os.fsdecode(content.root), os.fsdecode(content.source)) for content in replaced.left]
     places = [(identity, os.fsdecode(place.point), os.fsdecode(place.part)) for identity, place in replaced.places]
     document = {
         "mount_ids": replaced.mount_ids,
         "devices": replaced.devices,
-        "left": left,
+        "left": [_told(content) for content in replaced.left],
         "places": places,
         "excluded": replaced.excluded,
         "slaves": replaced.slaves,
+        "bases": [_told(content) for content in replaced.bases],
+        "live": _told(replaced.live) if replaced.live is not None else None,
+        "peers": replaced.peers,
     }
     write_file(directory, _FILE, json.dumps(document).encode(), durable=False)

@@ -62,6 +62,10 @@ class Mounted:
     peer_group: int
     master: int
     unbindable: bool
+    point: bytes = b""
+    """Where it was to come, if that is told."""
+    beneath: int = 0
+    """The id of the receiver's mount that it was put beneath, if that is told."""
 
 
 @frozen
@@ -95,6 +99,8 @@ class Entry:
     back: int = 0
     """The id of a mount of the content before that was to be put back in the place of new."""
     new_content: Content | None = None
+    fstype: str = ""
+    """The type of old's filesystem."""
 
     def turned(self) -> Entry:
         """Return what was to happen on the way back."""
@@ -118,10 +124,10 @@ class Entry:
             propagation=shared | kind,
             peer_group=self.old.peer_group,
             master=self.old.master,
-            fstype="",
+            fstype=self.fstype,
             source=source,
             root=root,
-            point=b"",
+            point=self.target,
         )
 
     def reached(self, step: str) -> bool:
@@ -153,6 +159,7 @@ def whole(mount: Mount | None) -> dict[str, Any]:
         "device": list(mount.device),
         "root": os.fsdecode(mount.root),
         "source": os.fsdecode(mount.source),
+        "fstype": mount.fstype,
     }
 
 
@@ -296,6 +303,8 @@ def _mounted(found: Any) -> Mounted:
         unsigned(found["peer_group"]),
         unsigned(found["master"]),
         unbindable=bool(found["unbindable"]),
+        point=os.fsencode(found.get("point", "")),
+        beneath=unsigned(found.get("beneath", 0)),
     )
 
 
@@ -303,7 +312,9 @@ def _content(found: Any) -> Content | None:
     if not found["id"]:
         return None
     major, minor = found["device"]
-    return Content((unsigned(major, 32), unsigned(minor, 32)), os.fsencode(found["root"]), os.fsencode(found["source"]))
+    attributes = MountAttr(found.get("attributes", 0))
+    device = unsigned(major, 32), unsigned(minor, 32)
+    return Content(device, os.fsencode(found["root"]), os.fsencode(found["source"]), attributes)
 
 
 def _group(first: dict[str, Any]) -> tuple[bytes, ...]:
@@ -355,4 +366,5 @@ def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
         _group(first),
         unsigned(back["id"]) if back is not None else 0,
         _content(back) if back is not None else None,
+        str(first["old"].get("fstype", "")),
     )

@@ -8,17 +8,19 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tuckctl import holding
-from tuckctl.errors import PartialError, TuckError
+from tuckctl.errors import KernelError, PartialError, TuckError
 from tuckctl.kernel.syscalls import show
-from tuckctl.receivers import UNLOCKED, describe, observe, remedies, unlocked, unseen_remedy
+from tuckctl.receivers import UNLOCKED, content_of, copies_of, describe, observe, remedies, unlocked, unseen_remedy
 from tuckctl.results import Holder, Receiver, TargetResult, TransactionResult, infos
-from tuckctl.target import Content
+from tuckctl.target import Content, Known, look
 
 if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
     from tuckctl.converge import Convergence
     from tuckctl.course import Course
     from tuckctl.exchange import Revealed
-    from tuckctl.kernel.syscalls import Mount
+    from tuckctl.kernel.syscalls import Match, Mount
     from tuckctl.places import Places
     from tuckctl.scene import Scene
 
@@ -44,6 +46,17 @@ def present(revealed: Revealed, generation: int, target: bytes) -> tuple[Receive
     )
 
 
+def at_base(revealed: Revealed, target: bytes) -> tuple[Receiver, ...]:
+    """Tell who was brought to base by a mount of it; the others see what is around the target."""
+    return describe(
+        revealed.receivers,
+        state="updated",
+        generation=None,
+        brought=revealed.converged,
+        unlocked=unlocked(revealed.receivers, target, but=revealed.locked),
+    )
+
+
 def stale(revealed: Revealed, scene: Scene) -> tuple[Receiver, ...]:
     """Tell who is left on the content before, and why; or was to be left on it."""
     live = scene.live
@@ -55,6 +68,7 @@ def stale(revealed: Revealed, scene: Scene) -> tuple[Receiver, ...]:
         target=scene.target.path,
         content=live.old,
         reasons=revealed.reasons,
+        unknown=revealed.doubts,
         unlocked=unlocked(left, scene.target.path, but=revealed.locked),
     ) + describe(excluded, state="excluded", generation=live.generation, target=scene.target.path, content=live.old)
 
@@ -111,21 +125,37 @@ def remember(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder, 
     """Find who still uses what was taken off; remember that, and what someone was left on, for later questions."""
     old, target = scene.live.old, scene.target.path
     known = holding.read_replaced(places.of(target))
-    shown = (*known.left, *([Content(old.device, old.root, old.source)] if old is not None else []))
+    shown = (*known.left, *([_left_of(old, revealed)] if old is not None else []))
     devices_left = {match.device for match in revealed.stale}
-    left = tuple(content for content in dict.fromkeys(shown) if content.device in devices_left)
+    left = tuple(
+        content
+        for content in dict.fromkeys(shown)
+        if content.device in devices_left and (content.mounts or not content.is_bind)
+    )
     excluded = {match.namespace_id for match in revealed.stale if match.mount_id in revealed.excluded}
     still = {match.mount_id for match in revealed.stale}
-    slaves = tuple(identity for identity in revealed.slaves if identity in still)
-    kept = replace(known, left=left, excluded=tuple(sorted(excluded)), slaves=slaves)
+    based = revealed.based
+    bases = _bases(revealed, known.bases, target)
+    still |= {mount.id for content in bases for mount in content.mounts}
+    slaves = (*revealed.slaves, *(based.slaves if based is not None else ()))
+    peers = (*revealed.peers, *(based.peers if based is not None else ()))
+    kept = replace(
+        known,
+        left=left,
+        excluded=tuple(sorted(excluded)),
+        slaves=tuple(identity for identity in dict.fromkeys(slaves) if identity in still),
+        bases=bases,
+        peers=tuple(identity for identity in dict.fromkeys(peers) if identity in still),
+        live=_live(revealed, known.live),
+    )
     found: tuple[Holder, ...] = ()
     # Who was left is mounted there still; it may be unmounted at any time, and be held on to all the same.
-    seen = {**dict(known.places), **revealed.places, **holding.places_of(revealed.left, shown)}
+    seen = {**dict(known.places), **revealed.places, **holding.places_of(revealed.left, (*shown, *known.bases))}
     if revealed.replaced or revealed.left:
         ids = tuple(dict.fromkeys((*known.mount_ids, *revealed.replaced, *seen)))
         devices = tuple(dict.fromkeys((*known.devices, *(each.device for each in shown if each.root == b"/"))))
         found = holding.search(target, ids, devices, places=seen, alive=devices_left).holders
-        if not found and not left:
+        if not found and not revealed.stale:
             ids, devices, seen = (), (), {}
         kept = replace(kept, mount_ids=ids, devices=devices, places=tuple(seen.items()))
     if kept != known:
@@ -133,11 +163,57 @@ def remember(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder, 
     return found
 
 
+def _left_of(old: Mount, revealed: Revealed) -> Content:
+    """Return what was replaced; where others may have mounted the same, with the mounts of who was left on it."""
+    content = content_of(old)
+    return content if not content.is_bind else _with_mounts(content, revealed.stale, revealed.doubts)
+
+
+def _with_mounts(content: Content, matches: Iterable[Match], doubts: Collection[int] = ()) -> Content:
+    mounts = []
+    for match in matches:
+        with contextlib.suppress(KernelError):
+            mount = look(match.mount_id, match.namespace_id)
+            inside = (mount.root + b"/").startswith(content.root.rstrip(b"/") + b"/")
+            if mount.device == content.device and inside:
+                mounts.append(Known(mount.id, mount.root, b"" if mount.id in doubts else mount.point))
+    return replace(content, mounts=tuple(mounts))
+
+
+def _live(revealed: Revealed, known: Content | None) -> Content | None:
+    """Return what is live, where others may have mounted the same, with the mounts that were put in places for it."""
+    if revealed.is_detached:
+        return None
+    with contextlib.suppress(KernelError):
+        content = content_of(look(revealed.mount_id))
+        if content.is_bind:
+            before = {mount.id for mount in known.mounts} if known is not None else set()
+            mine = [m for m in revealed.receivers if m.mount_id in revealed.converged or m.mount_id in before]
+            return _with_mounts(content, mine)
+    return None
+
+
+def _bases(revealed: Revealed, known: Iterable[Content], target: bytes) -> tuple[Content, ...]:
+    """Return base, where it was left to receivers as mounts of their own that are still there.
+
+    Where nothing is live, it is what they are to see; otherwise, they are among those left behind.
+    """
+    shown = []
+    for match in revealed.stale:
+        with contextlib.suppress(KernelError):
+            shown.append(look(match.mount_id, match.namespace_id))
+    is_detached = revealed.is_detached
+    bases = [each for each in known if is_detached or any(each.is_shown_by(mount, target) for mount in shown)]
+    return tuple(dict.fromkeys((*bases, *([revealed.based.content] if revealed.based is not None else ()))))
+
+
 def remember_left(old: Mount, target: bytes, places: Places, slaves: tuple[int, ...]) -> None:
     """Remember that someone may be left on old, where it is too late to see who: the next swap looks for it."""
     with contextlib.suppress(TuckError, OSError):
         known = holding.read_replaced(places.of(target))
-        content = Content(old.device, old.root, old.source)
+        content = content_of(old)
+        if content.is_bind:
+            content = _with_mounts(content, copies_of(observe([old.device]), old, known.live))
         holding.write_replaced(
             places.of(target), replace(known, left=tuple(dict.fromkeys((*known.left, content))), slaves=slaves)
         )

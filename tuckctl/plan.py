@@ -73,6 +73,12 @@ def live_mounts(target: Target, current: Current | None, *, boot_id: str, namesp
 def classify(target: Target, ours: dict[int, int | None], *, adopt: bool) -> Live:
     """Say what is to be replaced. Raises RefusedError for a foreign mount, IncompleteError for a leftover."""
     top = target.top
+    if len(ours) > 1 and len({(mount.device, ours[mount.id]) for mount in target.stack if mount.id in ours}) == 1:
+        raise RefusedError(
+            "bound-onto-itself",
+            f"{show(target.path)}: what is seen there, or a part of it, is bound onto it",
+            f"umount {show(target.path)}",
+        )
     if len(ours) > 1:
         raise IncompleteError(
             "interrupted",

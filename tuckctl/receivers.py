@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
-from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount, option_names
+from tuckctl.kernel.flags import AT_FDCWD, Clone, MountAttr, Propagation, Umount, option_names
 from tuckctl.kernel.syscalls import (
     Found,
     Match,
@@ -47,7 +47,7 @@ from tuckctl.spaces import NO_LISTING, in_spaces, is_gone, lived_in, reach
 from tuckctl.target import Content, look, look_at_each
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from tuckctl.kernel.fd import Fd
 
@@ -58,6 +58,10 @@ UNLOCKED = "unlocked-in-user-namespace"
 
 Its root may take it off, and sees what lies beneath.
 """
+IDMAPPED = "idmapped"
+"""A copy that shows other owners than the content has is not brought: new would need the same mapping."""
+UNKNOWN = "origin-unknown"
+"""A private bind may have come from the target, or from the directory that it shows."""
 
 
 @frozen
@@ -193,26 +197,86 @@ def arrival(sight: Sight, old: tuple[Match, ...], new_device: tuple[int, int]) -
     )
 
 
-def copies_of(sight: Sight, mount: Mount) -> tuple[Match, ...]:
+def is_own(mount: Mount) -> bool:
+    """Whether what a target shows is nobody else's: an overlay, or an image that was mounted for it.
+
+    A bind of a directory has the source of what that lies in, or none that names the target.
+    """
+    mine = generation_of(mount.source, mount.point) is not None
+    return mount.root == b"/" and (mine or mount.fstype == "overlay")
+
+
+def content_of(mount: Mount) -> Content:
+    """Return what a target shows, to be known again."""
+    return Content(mount.device, mount.root, mount.source, mount.attributes, is_bind=not is_own(mount))
+
+
+def copies_of(
+    sight: Sight, mount: Mount, live: Content | None = None, *, brought: Collection[int] = ()
+) -> tuple[Match, ...]:
     """Return the mounts of a mount's content.
 
-    A bind shares its superblock with mounts that are not meant. Its copies are in its peer group or below
-    it, or at the same place in another namespace.
+    An overlay of ours has its superblock for itself. An image's may be that of another mount of the same device;
+    but each mount has a source of its own, which its copies share. Of the superblock of a bind, its copies are those
+    in its peer group or below it, those at the same place in another namespace, and those that are known to be:
+    `live` tells of these, and `brought` those by their ids that were put somewhere just now.
     """
     found = sight.of(mount.device)
-    if mount.root == b"/":
+    if is_own(mount) and generation_of(mount.source, mount.point) is not None and mount.fstype == "overlay":
         return tuple(found)
-    inside, groups = mount.root + b"/", {mount.peer_group, mount.master} - {0}
-    copies = []
-    for match in found:
-        try:
+    groups = {mount.peer_group, mount.master} - {0}
+
+    def is_copy(match: Match, seen: Mount) -> bool:
+        if is_own(mount) and mount.fstype != "overlay":
+            return seen.source == mount.source
+        related = (
+            match.mount_id in brought
+            or seen.point == mount.point
+            or not groups.isdisjoint((match.peer_group, match.master))
+        )
+        known = live is not None and live.is_shown_by(seen, mount.point)
+        # An overlay of another tool may have been mounted elsewhere before.
+        return related or known or (is_own(mount) and match.mount_id > mount.id)
+
+    return tuple(match for match, seen in _inside(found, mount) if is_copy(match, seen))
+
+
+def _inside(matches: Iterable[Match], mount: Mount) -> Iterator[tuple[Match, Mount]]:
+    """Give those that show some of what a mount shows, with what can be told of them."""
+    root = mount.root.rstrip(b"/") + b"/"
+    for match in matches:
+        with contextlib.suppress(KernelError):
             seen = look(match.mount_id, match.namespace_id)
-        except KernelError:
-            continue
-        related = seen.point == mount.point or not groups.isdisjoint((match.peer_group, match.master))
-        if (seen.root + b"/").startswith(inside) and related:
-            copies.append(match)
-    return tuple(copies)
+            if (seen.root + b"/").startswith(root):
+                yield match, seen
+
+
+def doubtful(sight: Sight, mount: Mount, sure: Iterable[Match], *, before: int = 0) -> tuple[Match, ...]:
+    """Return the mounts of a bind's directory, or of a part, that may have come from the target or from elsewhere.
+
+    What is older than the target's mount, or lacks a restriction that it has, did not come from there; nor did what
+    is related to a mount that shows more of the superblock. Of the others the kernel does not tell. Those are left
+    out that are not older than `before`.
+    """
+    if is_own(mount):
+        return ()
+    ids = {match.mount_id for match in sure}
+    strict = mount.attributes & _STRICTNESS
+    found = sight.of(mount.device)
+    inside = {match.mount_id: match for match, _ in _inside(found, mount)}
+    elsewhere = {m.peer_group for m in found if m.mount_id not in inside} - {0}
+    return tuple(
+        match
+        for identity, match in inside.items()
+        if identity not in ids
+        and mount.id < identity
+        and (not before or identity < before)
+        and strict & ~match.attributes == 0
+        and elsewhere.isdisjoint((match.peer_group, match.master))
+    )
+
+
+_STRICTNESS = MountAttr.RDONLY | MountAttr.NOSUID | MountAttr.NODEV | MountAttr.NOEXEC | MountAttr.NOSYMFOLLOW
 
 
 def left_behind(
@@ -226,13 +290,20 @@ def left_behind(
     live = {match.mount_id for match in but}
     found = []
     for match in sight.matches:
-        if match.mount_id in live or all(content.device != match.device for content in wanted):
+        fits = any(content.device == match.device and content.first <= match.mount_id for content in wanted)
+        if match.mount_id in live or not fits:
             continue
         with contextlib.suppress(KernelError):
             mount = look(match.mount_id, match.namespace_id)
             if any(content.is_shown_by(mount, target) for content in wanted):
                 found.append(match)
     return tuple(found)
+
+
+def on_top(present: Iterable[Match], stale: Iterable[Match]) -> tuple[Match, ...]:
+    """Return those that show what is live, but for those on which a receiver lies that was left behind."""
+    covered = {match.parent_id for match in stale}
+    return tuple(match for match in present if match.mount_id not in covered)
 
 
 Place = tuple[tuple[int, int], bytes]
@@ -329,13 +400,15 @@ def describe(
     brought: Mapping[int, str] = MappingProxyType({}),
     reasons: Mapping[int, str] = MappingProxyType({}),
     unlocked: Collection[int] = (),
+    unknown: Collection[int] = (),
     thorough: bool = False,
     after: int = 0,
 ) -> tuple[Receiver, ...]:
     """Turn mounts into receivers, with the processes of each namespace and who answers for them.
 
     Those that `brought` tells of, by the ids of their mounts, are converged, for the reason given there;
-    `reasons` tell why one could not be; those in `unlocked` the root of another user namespace could take off.
+    `reasons` tell why one could not be; those in `unlocked` the root of another user namespace could take off;
+    of those in `unknown` nobody knows whether they are receivers.
 
     Where `target` is given, each gets the reason why it was left out, and the generation that its source
     names; `generation` then is that of the mounts that show `content`, whatever their source.
@@ -368,7 +441,9 @@ def describe(
         reason = brought.get(match.mount_id, reasons.get(match.mount_id))
         if reason is None and target is not None:
             reason = "covered" if cover is not None and state == "stale" else reason_of(match, target)
-        hazards = (UNLOCKED,) if match.mount_id in unlocked else ()
+        hazards: tuple[str, ...] = (UNLOCKED,) if match.mount_id in unlocked else ()
+        hazards += (IDMAPPED,) if state == "stale" and match.attributes & MountAttr.IDMAP else ()
+        hazards += (UNKNOWN,) if match.mount_id in unknown else ()
         found.append(
             Receiver(
                 match.namespace_inode,

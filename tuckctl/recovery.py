@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from tuckctl import pins
-from tuckctl.converge import Convergence
+from tuckctl.converge import Convergence, brought_to
 from tuckctl.errors import IncompleteError, KernelError, TuckError
 from tuckctl.exchange import Look, Revealed, converge
 from tuckctl.frozen import frozen
@@ -28,7 +28,7 @@ from tuckctl.kernel.threads import on_thread
 from tuckctl.overlay import generation_of
 from tuckctl.plan import live_mounts
 from tuckctl.prune import drop_images
-from tuckctl.receivers import arrival, copies_of, left_behind, observe
+from tuckctl.receivers import arrival, content_of, copies_of, left_behind, observe, on_top
 from tuckctl.removal import remove
 from tuckctl.spaces import in_spaces, insist, reach
 from tuckctl.switchboard import BLANK, Switchboard
@@ -85,6 +85,8 @@ def _seen(scene: Scene) -> Entry | None:
     if len(mounts) < _TWO or mounts[-1] is not target.top:
         return None
     new, old = mounts[-2:]
+    if (new.device, ours[new.id]) == (old.device, ours[old.id]):
+        return None  # it is bound onto itself
     return Entry(
         target=target.path,
         transaction="",
@@ -109,6 +111,7 @@ def _seen(scene: Scene) -> Entry | None:
         brought=(),
         damage=None,
         group=(target.path,),
+        fstype=old.fstype,
     )
 
 
@@ -166,9 +169,9 @@ class _Recovery:
         self.enter("undo")
         self.journal.step("undo")
         with Switchboard() as board:
-            board.note = self.journal.changing
-            board.lend(self.target.below if not self.is_tucked else self._below_new())
             mine = self.entry.new
+            board.note = self.journal.changing
+            board.lend(self.target.below if mine not in self.ids else self._below_new())
             device = look(mine).device if mine in self.ids else None
             old = look(self.entry.old.id) if self.entry.old.id in self.ids else None
             devices = [each for each in (device, old.device if old else None) if each is not None]
@@ -178,10 +181,11 @@ class _Recovery:
                     others = [match for match in copies_of(sight, old) if match.mount_id != old.id]
                     for match, space in in_spaces(others):
                         on_thread(partial(self._lay_bare, board, match, space, device))
-                copies = [match for match in sight.matches if match.device == device and match.mount_id > mine]
+                every = copies_of(sight, look(mine)) if mine in self.ids else ()
+                copies = [match for match in every if match.mount_id > mine]
                 for match, space in in_spaces(copies):
                     on_thread(partial(_take_out, board, match.mount_id, space, match.owner))
-            if self.is_tucked:
+            if mine in self.ids and mine != self.top:
                 on_thread(partial(_take_out, board, mine, board.home, 0))
             self.repair(board)
 
@@ -263,8 +267,9 @@ class _Recovery:
         """Give new the propagation that old had, and bring whoever did not follow."""
         entry, target = self.entry, self.target.refreshed()
         old = entry.as_mount()
-        left = read_replaced(self.places.of(target.path)).left
-        known = [entry.content] if entry.content is not None else []
+        before = read_replaced(self.places.of(target.path))
+        left = before.behind
+        known = [content_of(old)] if entry.content is not None else []
         with contextlib.ExitStack() as stack:
             new = stack.enter_context(open_tree(target.parent, target.name))
             shown = look(entry.new)
@@ -279,10 +284,12 @@ class _Recovery:
             def verify() -> Look:
                 sought: list[Mount | Content] = [shown, old, *left]
                 sight = observe([each.device for each in sought], shown=sought)
-                present = tuple(m for m in copies_of(sight, shown) if m.mount_id >= shown.id)
+                brought = {*convergence.converged, *(mount.id for mount in entry.brought)}
+                present = copies_of(sight, shown, before.live, brought=brought)
+                present = tuple(match for match in present if match.mount_id >= shown.id)
                 # What old's device number is by now, is not known.
                 earlier = left_behind(sight, [*known, *left], target.path, but=present)
-                return present, earlier, sight.unseen
+                return on_top(present, earlier), earlier, sight.unseen
 
             convergence = stack.enter_context(
                 Convergence(
@@ -298,7 +305,7 @@ class _Recovery:
                 )
             )
             convergence.recall(entry.aside, entry.brought)
-            convergence.know_slaves(read_replaced(self.places.of(target.path)).slaves)
+            convergence.know(before.slaves, before.peers)
             revealed = converge(
                 convergence,
                 verify,
@@ -319,6 +326,34 @@ class _Recovery:
                 on_thread(partial(_repair, wanted, space, board.home))
 
 
+def withdraw(scene: Scene, entry: Entry, places: Places, enter: Callable[[str], None]) -> bool:
+    """Take out what a detach that took nothing off had put beneath receivers; where it cannot be, take old off too.
+
+    Returns whether the content before is live.
+    """
+    if not entry.reached("place"):
+        return True
+    recovery = _Recovery(scene, entry, places, enter)
+    target = scene.target
+    with recovery.journal, Switchboard() as board:
+        recovery.journal.resume()
+        recovery.repair(board)
+        board.note = recovery.journal.changing
+        board.lend(target.below)
+        enter("undo")
+        try:
+            placed = brought_to(entry.brought, target.below.device)
+            for match, space in in_spaces(sorted(placed, key=lambda match: -match.mount_id)):
+                on_thread(partial(_take_out, board, match.mount_id, space, match.owner))
+        except KernelError:
+            # What carries a receiver's own mounts cannot be reached there any more. All that is wanted lies beneath.
+            old = look(entry.old.id)
+            enter("reveal")
+            remove(target, old, "lazy", 0.0, below=children(old.id), follow=(), ids=(old.id,))
+            return False
+    return True
+
+
 def finish_detach(
     scene: Scene, entry: Entry | None, base: Fd, *, wishes: Wishes, places: Places, enter: Callable[[str], None]
 ) -> Revealed:
@@ -329,7 +364,7 @@ def finish_detach(
     target = scene.target
     recovery = _Recovery(scene, entry, places, enter) if entry is not None else None
     left = read_replaced(places.of(target.path)).left
-    known = [entry.content] if entry is not None and entry.content is not None else []
+    known = [content_of(entry.as_mount())] if entry is not None and entry.content is not None else []
     around = target.top or target.around
     with contextlib.ExitStack() as stack:
         if recovery is not None:
@@ -425,7 +460,15 @@ def _recover(recovery: _Recovery, wishes: Wishes, *, undo: bool) -> Recovered:
             return Recovered(entry, None)
         replaced = recovery.reveal()
     elif not recovery.is_revealed:
-        recovery.take_back()
+        try:
+            recovery.take_back()
+        except KernelError as error:
+            raise IncompleteError(
+                "recover-failed",
+                f"{show(entry.target)}: something is mounted there, and the new content cannot be taken out from"
+                f" beneath it: {error.message}",
+                f"umount {quoted(entry.target)} takes it off; then tuckctl recover",
+            ) from error
         _record_undone(recovery.scene, entry)
         return Recovered(entry, None)
     revealed = recovery.finish(replaced, wishes)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
+from tuckctl.journal import Mounted
 from tuckctl.kernel.flags import Clone, Propagation
 from tuckctl.kernel.syscalls import mount_setattr, move_mount_set_group, open_tree, setns
 from tuckctl.spaces import in_spaces, insist, reach
@@ -22,7 +23,6 @@ from tuckctl.target import look
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from tuckctl.journal import Mounted
     from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.syscalls import Match, Mount
 
@@ -55,6 +55,8 @@ class Relations:
         self._masters: dict[int, int] = {}
         self.slaves: frozenset[int] = frozenset()
         """The ids of receivers that were slaves of content from before: they are private since that is gone."""
+        self.peers: frozenset[int] = frozenset()
+        """The ids of receivers that were peers of it."""
 
     def note_followers(self, followers: Mapping[int, Match]) -> None:
         """Note which copies of new stand where: by the group of the copy of old on top of each."""
@@ -66,9 +68,9 @@ class Relations:
             if match.peer_group and match.master:
                 self._masters.setdefault(match.peer_group, match.master)
 
-    def is_slave_of_old(self, match: Match) -> bool:
+    def is_slave_of_old(self, match: Match | Mounted) -> bool:
         """Whether a receiver gets what is mounted on old, and gives nothing on."""
-        if match.mount_id in self.slaves and not match.peer_group:
+        if not isinstance(match, Mounted) and match.mount_id in self.slaves and not match.peer_group:
             return True
         return (
             self._old is not None
@@ -88,11 +90,20 @@ class Relations:
         with contextlib.suppress(KernelError):
             insist(partial(self._join, match, clone, new))
 
+    def is_peer_of_old(self, match: Match | Mounted) -> bool:
+        """Whether a receiver gets what is mounted on old, and gives on what is mounted on itself."""
+        return self._old is not None and match.peer_group != 0 and match.peer_group == self._old.peer_group
+
     def _join(self, match: Match | Mounted, clone: Fd, new: New) -> None:
-        if match.peer_group:
+        if self._is_peer_of_earlier(match) and new.facts.peer_group and not new.is_base:
+            move_mount_set_group(new.whole, clone)
+        elif match.peer_group:
             move_mount_set_group(self._member(match.peer_group, match.master, new), clone)
         elif match.master:
             move_mount_set_group(self._slave(match.master, new), clone)
+
+    def _is_peer_of_earlier(self, match: Match | Mounted) -> bool:
+        return not isinstance(match, Mounted) and match.mount_id in self.peers
 
     def _member(self, group: int, master: int, new: New) -> Fd:
         if self._old is not None and group == self._old.peer_group and new.facts.peer_group and not new.is_base:

@@ -15,7 +15,7 @@ from tuckctl.kernel.fd import standard_streams
 from tuckctl.overlay import generation_of
 from tuckctl.places import Places
 from tuckctl.plan import classify, live_mounts
-from tuckctl.receivers import copies_of, describe, left_behind, observe, unlocked
+from tuckctl.receivers import copies_of, describe, left_behind, observe, on_top, unlocked
 from tuckctl.results import (
     GenerationInfo,
     History,
@@ -128,7 +128,8 @@ def _receivers(
 ) -> tuple[tuple[Receiver, ...], int]:
     """Find who sees the live overlay, and who was left on an earlier one."""
     try:
-        shown, stale, unseen = _matches(target, ours, known.left)
+        left = known.behind if generation is not None else known.left
+        shown, stale, unseen = _matches(target, ours, left, known.live)
     except KernelError:
         return (), 1
     excluded = [match for match in stale if match.namespace_id in known.excluded]
@@ -141,7 +142,7 @@ def _receivers(
 
 
 def _matches(
-    target: Target, ours: Collection[int], left: Sequence[Content]
+    target: Target, ours: Collection[int], left: Sequence[Content], live: Content | None
 ) -> tuple[Sequence[Match], Sequence[Match], int]:
     """Find the mounts of what is live, and those of earlier content; count what could not be looked into."""
     mounts = [mount for mount in target.stack if mount.id in ours]
@@ -149,8 +150,9 @@ def _matches(
         return (), (), 0
     sought: list[Mount | Content] = [*mounts, *left]
     sight = observe([each.device for each in sought], shown=sought)
-    shown = copies_of(sight, mounts[-1]) if mounts else ()
-    return shown, left_behind(sight, left, target.path, but=shown), sight.unseen
+    shown = copies_of(sight, mounts[-1], live) if mounts else ()
+    stale = left_behind(sight, left, target.path, but=shown)
+    return on_top(shown, stale), stale, sight.unseen
 
 
 def history(path: bytes) -> History:
@@ -215,7 +217,7 @@ def _users(target: Target, places: Places) -> holding.Found:
         namespace = os.stat("/proc/thread-self/ns/mnt").st_ino
         ours = live_mounts(target, current, boot_id=boot_id(), namespace=namespace)
         with contextlib.suppress(KernelError):
-            _, stale, _ = _matches(target, ours, known.left)
+            _, stale, _ = _matches(target, ours, known.left, known.live)
             seen |= holding.places_of(stale, known.left)
             alive = {match.device for match in stale}
     devices = [content.device for content in known.left if content.device in alive and content.root == b"/"]

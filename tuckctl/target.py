@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from tuckctl.ancestry import find_weakness
 from tuckctl.errors import KernelError, RefusedError
 from tuckctl.frozen import frozen
-from tuckctl.kernel.flags import AT_FDCWD, Resolve, StatMount, Umount
+from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Resolve, StatMount, Umount
 from tuckctl.kernel.syscalls import (
     Mount,
     listmount,
@@ -50,17 +50,50 @@ _LOOKS = 100
 
 
 @frozen
+class Known:
+    """A mount that is known to show some content: its unique id, the part of its superblock, and where it lies.
+
+    Without a place, it is told by its id alone: that it came from the target is only likely.
+    """
+
+    id: int
+    root: bytes
+    point: bytes
+
+
+@frozen
 class Content:
-    """What a target showed: a superblock, the part of it, and its source."""
+    """What a target showed: a superblock, the part of it, its source, and the flags it had there if they are known.
+
+    Base has a superblock with all that lies around it, and so has a directory that is the content by itself. What
+    shows it is told by the `mounts` that were put in receivers' places, and their copies in later namespaces.
+    """
 
     device: tuple[int, int]
     root: bytes
     source: bytes
+    attributes: MountAttr | None = None
+    mounts: tuple[Known, ...] = ()
+    is_bind: bool = False
+    """Whether others may have mounted the same on their own account."""
+
+    @property
+    def first(self) -> int:
+        """An id such that no mount that shows it has a lower one."""
+        return min((mount.id for mount in self.mounts), default=0)
 
     def is_shown_by(self, mount: Mount, target: bytes) -> bool:
         """Whether a mount shows it: a part of it by any path, a directory of a larger filesystem at the target."""
-        whole = self.root == b"/" or (mount.root == self.root and mount.point == target)
-        return (mount.device, mount.source) == (self.device, self.source) and whole
+        if (mount.device, mount.source) != (self.device, self.source):
+            return False
+        if self.mounts:
+            return any(
+                mount.id == known.id or (mount.id > known.id and (mount.root, mount.point) == (known.root, known.point))
+                for known in self.mounts
+            )
+        if self.root == b"/" and not self.is_bind:
+            return True
+        return mount.root == self.root and mount.point == target
 
 
 def look(identity: int, namespace_id: int = 0) -> Mount:

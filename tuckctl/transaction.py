@@ -33,15 +33,15 @@ from tuckctl.kernel.flags import Propagation, option_names
 from tuckctl.kernel.syscalls import mount_setattr, open_tree, quoted, show
 from tuckctl.kernel.threads import in_namespace
 from tuckctl.locks import locked
-from tuckctl.outcome import as_it_is, conclude, present, remember, remember_left, stale, tell_of_failed
+from tuckctl.outcome import as_it_is, at_base, conclude, present, remember, remember_left, stale, tell_of_failed
 from tuckctl.overlay import generation_of
 from tuckctl.places import Places
 from tuckctl.plan import Live, attributes, parse_options, refuse_layers
 from tuckctl.processes import caller
 from tuckctl.prune import drop_generations, drop_images
-from tuckctl.receivers import copies_of, left_behind, observe
+from tuckctl.receivers import copies_of, left_behind, observe, on_top
 from tuckctl.request import KEYWORDS, Request, check_request
-from tuckctl.results import TargetResult, TransactionResult, infos
+from tuckctl.results import Holder, TargetResult, TransactionResult, infos
 from tuckctl.scene import Scene, absolute, open_scene, open_scenes, opened_base, refuse_inside
 from tuckctl.selection import Selection
 from tuckctl.spaces import open_space
@@ -468,7 +468,8 @@ def _detached_already(
             wishes = recovery.Wishes(request.busy, request.receivers, deadline, _selection(course, request))
             revealed = recovery.finish_detach(scene, None, bottom, wishes=wishes, places=places, enter=course.enter)
         holders = remember(scene, revealed, places)
-        result = replace(result, receivers=stale(revealed, scene), unseen=revealed.unseen, holders=holders)
+        receivers = at_base(revealed, target) + stale(revealed, scene)
+        result = replace(result, receivers=receivers, unseen=revealed.unseen, holders=holders)
     return conclude(course, result, outcome="unchanged")
 
 
@@ -478,8 +479,11 @@ def _finish_detach(
     """Bring everyone back to base where the overlay is off already; where it is not, nothing was done."""
     target = scene.target
     if target.top_id() == entry.old.id:
-        Journal(places.of(target.path)).end()
-        return as_it_is(scene)
+        if recovery.withdraw(scene, entry, places, course.enter):
+            Journal(places.of(target.path)).end()
+            return as_it_is(scene)
+        target = target.refreshed()
+        scene = replace(scene, target=target, live=Live(None, None, adopted=False))
     with contextlib.ExitStack() as stack:
         bottom = stack.enter_context(opened_base(scene))
         journal = stack.enter_context(Journal(places.of(target.path)))
@@ -496,10 +500,13 @@ def _finish_detach(
         current = Current(None, entry.previous, scene.boot_id, scene.namespace, 0)
         if scene.records.current() != current:
             _publish_one(course, journal, stack.enter_context(scene.records.draft_current(current)))
-        journal.end()
-    scene = replace(scene, live=replace(scene.live, old=entry.as_mount(), generation=entry.previous))
-    holders = remember(scene, revealed, places)
-    return TargetResult(target.path, None, entry.previous, None, (), stale(revealed, scene), revealed.unseen, holders)
+        scene = replace(scene, live=replace(scene.live, old=entry.as_mount(), generation=entry.previous))
+        try:
+            holders = remember(scene, revealed, places)
+        finally:
+            journal.end()
+    receivers = at_base(revealed, target.path) + stale(revealed, scene)
+    return TargetResult(target.path, None, entry.previous, None, (), receivers, revealed.unseen, holders)
 
 
 def detach(path: bytes, request: Request, *, namespace: bytes | None = None) -> TransactionResult:
@@ -525,7 +532,8 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
         bottom = stack.enter_context(opened_base(scene))
         record = scene.records.draft_current(Current(None, before, scene.boot_id, scene.namespace, 0))
         stack.enter_context(record)
-        left = holding.read_replaced(places.of(target.path)).left
+        known = holding.read_replaced(places.of(target.path))
+        left = known.left
         keepsake = _keepsake(stack, scene)
         journal = stack.enter_context(Journal(places.of(target.path)))
         convergence = stack.enter_context(
@@ -542,7 +550,7 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
                 journal=journal,
             )
         )
-        convergence.know_slaves(holding.read_replaced(places.of(target.path)).slaves)
+        convergence.know(known.slaves, known.peers)
         try:
             journal.begin(
                 transaction=course.transaction,
@@ -555,7 +563,6 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
                 old=whole(old),
                 new=0,
             )
-            journal.step("reveal")
             revealed = take_off(
                 target,
                 old,
@@ -566,6 +573,8 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
                 enter=course.enter,
                 left=left,
                 first=scene.first_mount(),
+                live=known.live,
+                step=journal.step,
             )
         except BaseException as error:
             if target.top_id() != old.id:
@@ -574,13 +583,18 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
                 journal.end()
             if not isinstance(error, PartialError):
                 _record_failure(scene, error, adopted)
+            if isinstance(error, UndoneError):
+                tell_of_failed(course, convergence, scene)
             raise
         course.enter("record")
         _publish_one(course, journal, record)
         _pin(scene, keepsake, places)
-        journal.end()
-        holders = remember(scene, revealed, places)
-        result = TargetResult(target.path, None, before, None, (), stale(revealed, scene), revealed.unseen, holders)
+        try:
+            holders = remember(scene, revealed, places)
+        finally:
+            journal.end()
+        receivers = at_base(revealed, target.path) + stale(revealed, scene)
+        result = TargetResult(target.path, None, before, None, (), receivers, revealed.unseen, holders)
         return conclude(course, result)
 
 
@@ -633,13 +647,15 @@ def _told_unchanged(course: Course, scene: Scene, request: Request, *, deadline:
     """Say that it is live already; bring who does not see it."""
     target, old, generation = scene.target.path, scene.live.old, scene.live.generation
     recorded = scene.records.get(generation) if generation is not None else None
-    left = holding.read_replaced(places.of(target)).left
+    known = holding.read_replaced(places.of(target))
+    left = known.behind
 
     def verify() -> tuple[tuple[Match, ...], tuple[Match, ...], int]:
         sought: list[Mount | Content] = [*([old] if old is not None else []), *left]
         sight = observe([each.device for each in sought], shown=sought)
-        present = copies_of(sight, old) if old is not None else ()
-        return present, left_behind(sight, left, target, but=present), sight.unseen
+        present = copies_of(sight, old, known.live, brought=convergence.converged) if old is not None else ()
+        stale = left_behind(sight, left, target, but=present)
+        return on_top(present, stale), stale, sight.unseen
 
     with contextlib.ExitStack() as stack:
         live = stack.enter_context(open_tree(scene.target.parent, scene.target.name))
@@ -655,7 +671,7 @@ def _told_unchanged(course: Course, scene: Scene, request: Request, *, deadline:
                 around=scene.target.below,
             )
         )
-        convergence.know_slaves(holding.read_replaced(places.of(target)).slaves)
+        convergence.know(known.slaves, known.peers)
         shown = old.id if old is not None else 0
         revealed = converge(convergence, verify, shown=shown, receivers=request.receivers, enter=course.enter)
     return TargetResult(
@@ -755,8 +771,9 @@ def _pin(scene: Scene, keepsake: Fd | None, places: Places) -> None:
 
 def _prepare(stack: contextlib.ExitStack, scene: Scene, new: Fd, carriage: Carriage, places: Places) -> Exchange:
     """Attach the submounts, unseen; refuse what has no place. Nothing is on record yet."""
-    left = holding.read_replaced(places.of(scene.target.path)).left
-    exchange = Exchange(scene.target, scene.live.old, new, carriage, left, first=scene.first_mount())
+    known = holding.read_replaced(places.of(scene.target.path))
+    first = scene.first_mount()
+    exchange = Exchange(scene.target, scene.live.old, new, carriage, known.behind, first=first, live=known.live)
     on_top = exchange.old is None
     if on_top and exchange.parent_shared and carriage.alone:
         exchange.others = stack.enter_context(open_tree(new, clone=True))
@@ -816,7 +833,8 @@ def _enlist(
             journal=journal,
         )
     )
-    convergence.know_slaves(holding.read_replaced(places.of(target.path)).slaves)
+    known = holding.read_replaced(places.of(target.path))
+    convergence.know(known.slaves, known.peers)
     return _Enlisted(turn, Part(exchange, convergence, journal), current, records, keepsake, clone)
 
 
@@ -879,8 +897,11 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
             elif generation.adopted:
                 pins.unpin(places.run, scene.target.path, generation.number)
             _pin(scene, each.keepsake, places)
-        _end([each.part.journal for each in enlisted])
-    return tuple(_told(each, shown, places) for each, shown in zip(enlisted, revealed, strict=True))
+        try:
+            holders = [remember(each.turn.scene, shown, places) for each, shown in zip(enlisted, revealed, strict=True)]
+        finally:
+            _end([each.part.journal for each in enlisted])
+    return tuple(map(_told, enlisted, revealed, holders))
 
 
 def _end(journals: Sequence[Journal]) -> None:
@@ -952,7 +973,7 @@ def _tell_failure(course: Course, each: _Enlisted, error: BaseException, places:
         tell_of_failed(course, each.part.convergence, scene)
 
 
-def _told(each: _Enlisted, revealed: Revealed, places: Places) -> TargetResult:
+def _told(each: _Enlisted, revealed: Revealed, holders: tuple[Holder, ...]) -> TargetResult:
     scene, generation = each.turn.scene, each.turn.generation
     path = scene.target.path
     return TargetResult(
@@ -963,7 +984,7 @@ def _told(each: _Enlisted, revealed: Revealed, places: Places) -> TargetResult:
         infos(generation.images),
         present(revealed, generation.number, path) + stale(revealed, scene),
         revealed.unseen,
-        remember(scene, revealed, places),
+        holders,
     )
 
 

@@ -8,7 +8,7 @@ import os
 
 from tests.kernel.lab import needs_root, run
 from tests.kernel.scenes import Scene, bind, failure, in_scene, mount_on, read, take_off
-from tuckctl import swap
+from tuckctl import doctor, swap
 from tuckctl.kernel.flags import AT_FDCWD, Propagation
 from tuckctl.kernel.syscalls import mount_setattr, move_mount, move_mount_set_group, open_tree
 
@@ -88,8 +88,13 @@ def test_a_copy_with_other_owners_keeps_them_and_is_named(disk: bytes) -> None:
                 move_mount(tree, AT_FDCWD, scene.target)
 
         space.do(replace)
+        (finding,) = (each for each in doctor(scene.target).findings if each.namespace == space.inode)
+        assert (finding.code, finding.severity) == ("receiver-idmapped", "hazard")
         error = failure(lambda: swap(scene.target, [scene.file("b")], base="none"))
         assert (error.exit_code, error.code) == (6, "receivers-left-behind")
+        assert error.result is not None
+        (told,) = (each for each in error.result.targets[0].receivers if each.state == "stale")
+        assert told.hazards == ("idmapped",)
         assert os.stat(space.path(scene.target + b"/which")).st_uid == 100000
         assert scene.everywhere() == [b"b", b"a", b"b"]
 
