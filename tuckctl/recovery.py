@@ -231,8 +231,7 @@ class _Recovery:
 
     def go_back(self, wishes: Wishes, swap_back: SwapBack) -> None:
         """Have the content before seen again where new is, or was to be: taken out it cannot be any more."""
-        if self.is_tucked:
-            self.reveal()
+        replaced = self.reveal() if self.is_tucked else ()
         if not self.entry.old.id:
             new = look(self.entry.new)
             sight = observe([new.device], new.id - 1)
@@ -240,6 +239,8 @@ class _Recovery:
             remove(self.target, new, "lazy", 0.0, below=children(new.id), follow=sight.matches, ids=ids)
             return
         if not self.is_back_under_way:
+            # The content before is made anew: whoever is on the one that was there would be left behind.
+            self.finish(replaced, wishes)
             swap_back(self.scene, self.entry, self.journal)
             return
         turned = _Recovery(self.scene, self.entry.turned(), self.places, self.enter)
