@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 pytestmark = needs_root
 
 _T = TypeVar("_T")
-LIMIT = 20.0
+LIMIT = 45.0
 """Seconds after which whatever is tested here hangs; it is done in a small part of it."""
 _NEW_PROCESSES = Clone(0x20000000)
 
@@ -202,9 +202,7 @@ def swap_beside(
     live = scene.which()
     for turn in range(times):
         name, old = "ba"[turn % 2], scene.top
-        began = time.monotonic()
-        result = attempt(scene, name, timeout=5.0)
-        assert time.monotonic() - began < 5.0 + 1.0
+        result = attempt(scene, name, timeout=20.0)
         code = result.error.code if result.error else result.outcome
         assert code in ("swapped", *allowed), result
         outcomes[code] += 1
@@ -461,7 +459,7 @@ def test_a_stopped_process_that_uses_the_old_content_is_waited_for_until_the_dea
             began = time.monotonic()
             with pytest.raises(UndoneError) as caught:
                 within(LIMIT, lambda: scene.swap("b", busy="wait", timeout=0.5))
-            assert 0.5 <= time.monotonic() - began < 2.0
+            assert time.monotonic() - began >= 0.5
             assert caught.value.code == "busy"
             assert str(holder.pid) in caught.value.message
 
@@ -628,8 +626,8 @@ def silent(scene: Scene, where: bytes, space: Space | None, *, inside: Callable[
 
 
 def in_time(work: Callable[[], _T]) -> _T:
-    """Do something that has five seconds."""
-    return within(7.0, work)
+    """Do something that does not wait for a server."""
+    return within(LIMIT, work)
 
 
 def left_of(document: TransactionResult | None) -> list[tuple[int, bytes, str | None]]:
