@@ -23,6 +23,7 @@ from tests.kernel.scenes import BASE, Scene, Space, bind, end, image_files, moun
 from tests.kernel.walking import How, Order, do, walk
 from tuckctl.cli.run import run as run_tuckctl
 from tuckctl.errors import KernelError
+from tuckctl.generations import key_of
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount
 from tuckctl.kernel.syscalls import listmount, mount_id, setns, umount2
 from tuckctl.kernel.watch import Look, Watch, end_with_parent
@@ -39,7 +40,7 @@ _OWN = {"sub/own": b"own", "file": b"own"}
 _CONTENTS = ("base", "a", "b")
 _COMMON = {"common": b"common"}
 _TREES = {"base": BASE, **{name: BASE | _COMMON | image_files(name) for name in ("a", "b")}}
-_FOLLOWERS, _STRAYS = ("here", "peer", "slave"), ("private", "own")
+_FOLLOWERS, STRAYS = ("here", "peer", "slave"), ("private", "own")
 # What a clean run leaves, by the names in the target's state, and in the run directory.
 _RECORD = re.compile(rb"current\.json|[0-9]+\.json")
 _OF_THE_RUN = re.compile(rb"locks/[^/]+|targets/[^/]+/replaced\.json")
@@ -119,7 +120,8 @@ class Receiver(NamedTuple):
 
 
 class Stage:
-    """The scene, for one walk: a swap, a rollback, a detach, a first swap on a bare directory, a boot, a recovery.
+    """The scene, for one walk: a swap, a rollback, a detach, a first swap on a bare directory, a boot, a recovery,
+    a swap of two targets.
 
     `cut` is where the swap was killed that is to be recovered.
     """
@@ -129,15 +131,17 @@ class Stage:
         self.scene = Scene(disk)
         self.target = self.scene.target
         self.argument = os.fsdecode(self.target)
-        self._folder = disk + b"/state/targets"
+        self.targets = [self.target]
+        if walk_name == "two":
+            self.targets.append(write_tree(os.path.join(self.scene.around, b"u"), BASE))
         self.receivers: list[Receiver] = []
         self.do(*self.swap_to("b"))
         self.do(*self.swap_to("a"))
-        self._folder = os.path.join(self._folder, os.listdir(self._folder)[0])
+        self._folders = [os.path.join(disk, b"state/targets", key_of(target).encode()) for target in self.targets]
         if walk_name == "first":
             self.do("detach", self.argument)
         # From base, nothing leads to those that are no peers and no slaves.
-        for kind in _FOLLOWERS if walk_name in ("first", "boot") else (*_FOLLOWERS, *_STRAYS):
+        for kind in _FOLLOWERS if walk_name in ("first", "boot") else (*_FOLLOWERS, *STRAYS):
             self._add(kind)
         wait_until(lambda: all(receiver.onlooker.is_ready for receiver in self.receivers))
         self._processes = set(children())
@@ -169,6 +173,9 @@ class Stage:
         assert done.exit_code == 0, f"{done.exit_code}: {done.out!r} {done.err!r}: {words}"
 
     def swap_to(self, content: str) -> tuple[str, ...]:
+        if self.walk == "two":
+            image = os.fsdecode(self.images[content])
+            return "swap", *(f"{os.fsdecode(target)}={image}" for target in self.targets), "--keep", "1"
         paths = [os.fsdecode(self.images[name]) for name in (content, "common")]
         return "swap", self.argument, *paths, "--keep", "1"
 
@@ -184,13 +191,13 @@ class Stage:
         if self.walk == "boot":
             self._reboot()
             return Task(("boot",), "base", here)
-        if self.walk in ("swap", "recover"):
+        if self.walk in ("swap", "two", "recover"):
             self._forget_copies()
         if self.walk == "recover":
             assert self._cut is not None
             words = self.swap_to(other)
             walk(lambda: run_tuckctl([*words, "--json"]), Order(How.KILL, *self._cut))
-        if self.walk == "swap":
+        if self.walk in ("swap", "two"):
             return Task(self.swap_to(other), here, other)
         return Task((self.walk, self.argument), here, "base" if self.walk == "detach" else other)
 
@@ -199,34 +206,39 @@ class Stage:
         while look(mount_id(AT_FDCWD, self.target)).point == self.target:
             umount2(self.target, Umount.DETACH)
         shutil.rmtree(self.scene.disk + b"/run")
-        current = Path(os.fsdecode(self._folder), "current.json")
+        current = Path(os.fsdecode(self._folders[0]), "current.json")
         current.write_text(json.dumps(json.loads(current.read_bytes()) | {"boot_id": "before"}), "ascii")
         self.before = self.shape()
 
     def _forget_copies(self) -> None:
         """Drop the kept images that are not live, so that a swap has to make its copy."""
-        current = json.loads(self._record("current.json"))["generation"]
-        kept = {image["sha256"] for image in json.loads(self._record(f"{current}.json"))["images"]}
+        kept = set()
+        for records in self._folders:
+            current = json.loads(_record(records, "current.json"))["generation"]
+            kept |= {image["sha256"] for image in json.loads(_record(records, f"{current}.json"))["images"]}
         folder = self.scene.disk + b"/state/images"
         for name in os.listdir(folder):
             if name.decode() not in kept:
                 os.unlink(os.path.join(folder, name))
 
-    def _record(self, name: str) -> bytes:
-        return Path(os.fsdecode(self._folder), name).read_bytes()
-
     # What is to be seen.
 
     def sees(self, receiver: Receiver) -> str:
         """Return the content that is seen somewhere, or what is wrong with it."""
+        seen = dict.fromkeys(self._sees_at(receiver, target) for target in self.targets)
+        return " and ".join(seen)
+
+    def _sees_at(self, receiver: Receiver, target: bytes) -> str:
         try:
-            found = dict(_files(receiver.path(self.target)))
+            found = dict(_files(receiver.path(target)))
         except OSError as error:
             return f"{errno.errorcode[error.errno or 0]} at {error.filename!r}"
         for content, tree in _TREES.items():
             wanted = tree
-            if receiver.kind == "own":
-                wanted = {name: text for name, text in tree.items() if not name.startswith("sub/")} | _OWN
+            if self.walk == "two":
+                wanted = {name: text for name, text in tree.items() if name not in _COMMON}
+            if receiver.kind == "own" and target == self.target:
+                wanted = {name: text for name, text in wanted.items() if not name.startswith("sub/")} | _OWN
             if found == wanted:
                 return content
         return f"a mixture: {sorted(found.items())}"
@@ -234,9 +246,12 @@ class Stage:
     def seen(self) -> dict[str, str]:
         return {receiver.kind: self.sees(receiver) for receiver in self.receivers}
 
-    def ids(self) -> dict[str, int]:
-        """Return which mount is seen, in each namespace."""
-        return {receiver.kind: mount_id(AT_FDCWD, receiver.path(self.target)) for receiver in self.receivers}
+    def ids(self) -> dict[str, list[int]]:
+        """Return which mounts are seen, in each namespace."""
+        return {
+            receiver.kind: [mount_id(AT_FDCWD, receiver.path(target)) for target in self.targets]
+            for receiver in self.receivers
+        }
 
     def shape(self) -> list[str]:
         """Return every mount around the target, in each namespace, with how it relates to the others."""
@@ -284,34 +299,44 @@ class Stage:
 
     def _files_left(self) -> Iterator[str]:
         """Tell of files that a clean run does not leave."""
-        named = set()
-        for name in map(os.fsdecode, os.listdir(self._folder)):
-            if not _RECORD.fullmatch(os.fsencode(name)):
-                yield f"the file {name} in the target's state"
-                continue
-            try:
-                record = json.loads(self._record(name))
-            except ValueError as error:
-                yield f"the record {name} is damaged: {error}"
-                continue
-            named |= {image["sha256"] for image in record.get("images", ())}
-            if record.get("outcome") == "pending":
-                yield f"the record {name} is pending"
+        named: set[str] = set()
+        for folder in self._folders:
+            yield from _records_left(folder, named)
         for name in map(os.fsdecode, os.listdir(self.scene.disk + b"/state/images")):
             if name not in named:
                 yield f"the kept image {name}, which no record names"
         top = self.scene.disk + b"/run"
-        for folder, _, names in os.walk(top):
-            for place in (os.path.relpath(os.path.join(folder, name), top) for name in names):
+        for path, _, names in os.walk(top):
+            for place in (os.path.relpath(os.path.join(path, name), top) for name in names):
                 if not _OF_THE_RUN.fullmatch(place):
                     yield f"the file {place!r} in the run directory"
 
     def _others_left(self) -> Iterator[str]:
         devices = [path for path in loop_devices().values() if os.fsdecode(self.scene.disk) + "/" in path]
-        if len(devices) > bool(self.scene.stack):
+        if len(devices) > len(self.targets) * bool(self.scene.stack):
             yield f"{len(devices)} loop devices: {devices}"
         if more := set(children()) - self._processes:
             yield f"processes {more}"
+
+
+def _record(folder: bytes, name: str) -> bytes:
+    return Path(os.fsdecode(folder), name).read_bytes()
+
+
+def _records_left(folder: bytes, named: set[str]) -> Iterator[str]:
+    """Tell of files in a target's state that a clean run does not leave; add which images the records name."""
+    for name in map(os.fsdecode, os.listdir(folder)):
+        if not _RECORD.fullmatch(os.fsencode(name)):
+            yield f"the file {name} in the target's state"
+            continue
+        try:
+            record = json.loads(_record(folder, name))
+        except ValueError as error:
+            yield f"the record {name} is damaged: {error}"
+            continue
+        named |= {image["sha256"] for image in record.get("images", ())}
+        if record.get("outcome") == "pending":
+            yield f"the record {name} is pending"
 
 
 def _flagless(shape: Sequence[str]) -> list[str]:
