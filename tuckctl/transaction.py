@@ -647,6 +647,8 @@ def _told_unchanged(course: Course, scene: Scene, request: Request, *, deadline:
     """Say that it is live already; bring who does not see it."""
     target, old, generation = scene.target.path, scene.live.old, scene.live.generation
     recorded = scene.records.get(generation) if generation is not None else None
+    if recorded is not None and recorded.outcome == "pending":
+        scene.records.write(replace(recorded, outcome="swapped"))  # it could not be recorded when it became live
     known = holding.read_replaced(places.of(target))
     left = known.behind
 
