@@ -24,7 +24,7 @@ SEED = int(os.environ.get("TUCKCTL_FAULTS_SEED", str(random.SystemRandom().randr
 # A call has one way to be killed at, and several errors. Of a recovery, there is one walk for each place at which a
 # swap was cut short; after most points of a detach, the scene is made anew.
 FRACTIONS = {How.KILL: 0.1, How.SIGNAL: 0.05, How.FAIL: 0.05}
-OF = {"recover": 0.2, "detach": 0.5, "boot": 0.5, "two": 0.5}
+OF = {"recover": 0.2, "detach": 0.5, "boot": 0.25, "two": 0.25}
 PARAMETERS: dict[How, tuple[str, ...]] = {How.KILL: (), How.SIGNAL: ("SIGTERM", "SIGINT"), How.FAIL: ()}
 
 
