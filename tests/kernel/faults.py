@@ -132,8 +132,9 @@ class Judge:
             if said == "undone" and stage.ids() != ids:
                 self.wrong.append("the content before is seen in another mount than before")
         self._look_on(before)
-        # Who was not brought by a detach keeps the flags of the overlay (architecture.md, Known gaps).
-        mess = stage.mess([*self.clean, stage.before], flags=not (stage.walk == "detach" and "again" in said))
+        # Who was left behind loses its relations, and after a detach keeps its flags (architecture.md, Known gaps).
+        was_left = stage.walk in ("detach", "recover") and "again" in said
+        mess = stage.mess([*self.clean, stage.before], flags=not was_left)
         seen = stage.seen()
         if len(set(seen.values())) != 1:
             mess.append(f"not one generation: {seen}")

@@ -340,7 +340,7 @@ def _records_left(folder: bytes, named: set[str]) -> Iterator[str]:
 
 
 def _flagless(shape: Sequence[str]) -> list[str]:
-    return [re.sub(r"<MountAttr[^>]*>", "", line) for line in shape]
+    return [re.sub(r" <MountAttr.*", "", line) for line in shape]
 
 
 def _files(folder: bytes, below: str = "") -> Iterator[tuple[str, bytes]]:
