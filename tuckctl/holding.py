@@ -80,11 +80,12 @@ def places_of(matches: Iterable[Match], contents: Iterable[Content]) -> dict[int
 
 @frozen
 class Found:
-    """Who uses some mounts, and how many processes may do so without being seen, and why."""
+    """Who uses some mounts, which of them, and how many processes may do so without being seen, and why."""
 
     holders: tuple[Holder, ...]
     unseen: int = 0
     hidden: str | None = None
+    mount_ids: frozenset[int] = frozenset()
 
     def problem(self, target: bytes) -> Problem | None:
         """Return the warning that is due where someone may have been missed."""
@@ -135,7 +136,8 @@ def search(
         found[use.pid, kind, path] = Holder(
             use.pid, command, owner.unit, owner.container, kind, path, remedy(use.pid, owner)
         )
-    return Found(tuple(found.values()), unseen, _what_is_hidden())
+    used = frozenset(use.mount_id for use in raw)
+    return Found(tuple(found.values()), unseen, _what_is_hidden(), used)
 
 
 def find(target: bytes, mount_ids: Collection[int], devices: Sequence[tuple[int, int]]) -> tuple[Holder, ...]:

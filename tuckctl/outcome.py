@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from tuckctl.scene import Scene
 
 
+_MOST_IDS = 256
+"""How many replaced mounts are remembered that nobody was seen to use: a descriptor may be on its way to somebody."""
+_MOST_DEVICES = 16
+"""Of how many replaced superblocks watches are told: they tell a device number only, which is given again."""
+
+
 def as_it_is(scene: Scene) -> TargetResult:
     """Describe the target before anything is done: what a failure leaves."""
     live = scene.live
@@ -150,13 +156,20 @@ def remember(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder, 
     )
     found: tuple[Holder, ...] = ()
     # Who was left is mounted there still; it may be unmounted at any time, and be held on to all the same.
-    seen = {**dict(known.places), **revealed.places, **holding.places_of(revealed.left, (*shown, *known.bases))}
+    mounted = holding.places_of(revealed.left, (*shown, *known.bases))
+    seen = {**dict(known.places), **revealed.places, **mounted}
     if revealed.replaced or revealed.left:
         ids = tuple(dict.fromkeys((*known.mount_ids, *revealed.replaced, *seen)))
         devices = tuple(dict.fromkeys((*known.devices, *(each.device for each in shown if each.root == b"/"))))
-        found = holding.search(target, ids, devices, places=seen, alive=devices_left).holders
+        uses = holding.search(target, ids, devices, places=seen, alive=devices_left)
+        found = uses.holders
         if not found and not revealed.stale:
             ids, devices, seen = (), (), {}
+        # As long as there always is somebody, what nobody uses any more would add up.
+        newest = set(sorted(ids)[-_MOST_IDS:])
+        ids = tuple(each for each in ids if each in newest or each in uses.mount_ids or each in mounted)
+        devices = devices[-_MOST_DEVICES:]
+        seen = {each: seat for each, seat in seen.items() if each in ids}
         kept = replace(kept, mount_ids=ids, devices=devices, places=tuple(seen.items()))
     if kept != known:
         holding.write_replaced(places.of(target), kept)

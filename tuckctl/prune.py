@@ -12,6 +12,7 @@ from tuckctl.durable import sync_directory
 from tuckctl.errors import RefusedError, TuckError
 from tuckctl.generations import all_records
 from tuckctl.holding import read_replaced
+from tuckctl.images.digests import DigestCache
 from tuckctl.locks import alone
 from tuckctl.overlay import generation_of
 
@@ -71,8 +72,11 @@ def drop_images(places: Places) -> None:
     """
     with contextlib.suppress(TuckError, OSError), alone(places.images_lock) as nobody_else:
         if nobody_else:
+            digests = DigestCache(places.state)
             for path in unnamed_images(places):
+                digests.forget_kept(os.lstat(path))
                 os.unlink(path)
+            digests.trim()
 
 
 def unnamed_images(places: Places) -> list[bytes]:

@@ -37,6 +37,8 @@ _SETTLED_NS = 2_000_000_000
 _ENTRY = re.compile(rb"(\d{1,20}) (-?\d{1,20}) (-?\d{1,20}) ([0-9a-f]{64}) ([0-9a-f:-]{1,80}|own) ([0-9a-f]{8})\n")
 _NAME = re.compile(rb"[0-9a-f]+-[0-9a-f]+")
 _LONGEST_ENTRY = 512
+MOST_ENTRIES = 256
+"""Of how many files besides the kept copies the digests are remembered: each new image file may be another one."""
 _OWN = b"own"
 # A write through a mapping need not show in a file's times here; an overlay may lie on one of them.
 _FORGETFUL = frozenset({"tmpfs", "devtmpfs", "ramfs", "overlay"})
@@ -223,6 +225,27 @@ class DigestCache:
                 with directory, Draft(directory, 0o600) as draft:
                     os.write(draft.file.fileno(), b"%s %08x\n" % (entry, zlib.crc32(entry)))
                     draft.publish(_name(found, place))
+
+    def forget_kept(self, kept: os.stat_result) -> None:
+        """Drop the entry of a kept copy that is about to be dropped. Raises OSError."""
+        self._drop([_name(kept, _OWN)])
+
+    def trim(self) -> None:
+        """Drop the oldest entries for other files than the kept copies, where there are many. Raises OSError."""
+        with suppress(FileNotFoundError):
+            folder = os.path.join(self._state, b"digests")
+            names = [name for name in os.listdir(folder) if _NAME.fullmatch(name)]
+            if len(names) > MOST_ENTRIES:
+                names.sort(key=lambda name: os.lstat(os.path.join(folder, name)).st_mtime_ns)
+                self._drop(names[:-MOST_ENTRIES])
+
+    def _drop(self, names: Iterable[bytes]) -> None:
+        directory = self._open(create=False)
+        if directory is not None:
+            with directory:
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        os.unlink(name, dir_fd=directory.fileno())
 
     def unneeded(self, kept: Iterable[os.stat_result]) -> list[bytes]:
         """Return the paths of entries that nobody will believe any more, and of what killed writers left.
