@@ -187,12 +187,13 @@ int tuck_replace_everywhere(int home, int source, struct tuck_replacement *repla
 /* Unmounts each of these, one right after the other, up to the first that fails: 0 or its -errno. */
 int tuck_umount_each(const char *const *paths, const int *flags, size_t count, size_t *ret_done);
 
-/* Loop devices and file clones. */
+/* Loop devices, file clones and room for what is to be written. */
 int tuck_loop_get_free(int control);
 int tuck_loop_configure(int loop, int backing, uint32_t block_size, uint32_t flags);
 int tuck_loop_clear(int loop);
 int tuck_loop_status(int loop, struct tuck_loop_status *ret_status);
 int tuck_clone_file(int to, int from);
+int tuck_reserve(int file, uint64_t size);
 
 /* Walks: many looks in one call. A count larger than what was given room for says how much is needed. Mounts are
  * found whose ids are beyond `after`: ids only grow. */

@@ -2,6 +2,7 @@
 #include "floor.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/loop.h>
 #include <sys/ioctl.h>
 
@@ -45,4 +46,9 @@ int tuck_loop_status(int loop, struct tuck_loop_status *ret_status) {
 
 int tuck_clone_file(int to, int from) {
     return ioctl(to, FICLONE_, from) < 0 ? -errno : 0;
+}
+
+/* Gives a file room for so many bytes in all; its size stays. */
+int tuck_reserve(int file, uint64_t size) {
+    return fallocate(file, FALLOC_FL_KEEP_SIZE, 0, (off_t)size) < 0 ? -errno : 0;
 }

@@ -37,7 +37,7 @@ from tuckctl.kernel.syscalls import (
     umount2,
 )
 from tuckctl.kernel.threads import in_copy
-from tuckctl.locks import courtesy
+from tuckctl.locks import alone_on
 from tuckctl.loosening import carriers
 from tuckctl.plan import refuse_bound_onto_itself
 from tuckctl.receivers import (
@@ -65,7 +65,6 @@ if TYPE_CHECKING:
     from tuckctl.selection import Selection
     from tuckctl.target import Target
 
-_COURTESY = 2.0
 _SECOND_LOOKS = (0.003, 0.01, 0.03)
 """How often one looks again for who was left behind, and the pauses in seconds where there is nothing to be done."""
 
@@ -156,7 +155,7 @@ class Exchange:
         )
         self.parent = self.base or target.around
         refuse_bound_onto_itself(target, self.base)
-        with self._alone_on_parent():
+        with alone_on(self.parent.point):
             self.parent = look(self.parent.id)
         self._covered: tuple[int, ...] = ()
         self.note: Callable[[Mount], None] = lambda _: None
@@ -190,7 +189,7 @@ class Exchange:
 
         Then it does not go to the excepted.
         """
-        with self._alone_on_parent(), shielded(around_of(self.target, excepted) if self.old is None else ()):
+        with alone_on(self.parent.point), shielded(around_of(self.target, excepted) if self.old is None else ()):
             try:
                 if self.others is not None:
                     self._place_apart(self.others)
@@ -440,7 +439,7 @@ class Exchange:
         if self.parent_shared:
             in_copy(take_out, directory=self.new)
             return
-        with self._alone_on_parent(), self._parent_root() as root:
+        with alone_on(self.parent.point), self._parent_root() as root:
             with contextlib.suppress(TuckError):
                 self.note(self.parent)
             mount_setattr(root, propagation=Propagation.SHARED)
@@ -450,21 +449,6 @@ class Exchange:
                 in_copy(take_out, directory=self.new)
             finally:
                 mount_setattr(root, propagation=self.parent.propagation)
-
-    @contextlib.contextmanager
-    def _alone_on_parent(self) -> Iterator[None]:
-        """Keep the transactions of other targets on the same mount off for a moment.
-
-        An undo below a private mount makes that one shared while it lasts. What is looked at or tucked then would
-        be taken, or become, shared. No one may be kept from an undo: the wait has an end.
-        """
-        try:
-            root = openat2(AT_FDCWD, self.parent.point, os.O_RDONLY | os.O_DIRECTORY, Resolve.NO_SYMLINKS)
-        except KernelError:
-            yield
-            return
-        with root, courtesy(root.fileno(), _COURTESY):
-            yield
 
     def _parent_root(self) -> Fd:
         """Open the root of the mount that new lies on; KernelError or ValueError where it cannot be reached."""

@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import binascii
 import contextlib
+import errno
 import json
 import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tuckctl.durable import is_none, parse_json, read_file, state_error, unsigned
+from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import MountAttr, Propagation
-from tuckctl.kernel.syscalls import Mount, show
+from tuckctl.kernel.syscalls import Mount, reserve_room, show
 from tuckctl.target import Content
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 _FILE = b"journal"
 _FORMAT = 1
+_ROOM = 1 << 16
 STEPS = ("tuck", "aside", "arrived", "place", "reveal", "undo", "back", "done")
 """The steps that a transaction tells of before it takes them, in their order."""
 
@@ -163,6 +166,15 @@ def whole(mount: Mount | None) -> dict[str, Any]:
     }
 
 
+def _reserve(file: Fd) -> None:
+    """Have room for what is to follow: once the new content is seen, a full disk must not cut the journal short."""
+    try:
+        reserve_room(file, _ROOM)
+    except KernelError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise OSError(error.errno, os.strerror(error.errno)) from error
+
+
 class Journal:
     """One target's journal, while its transaction goes on; the target's lock is held.
 
@@ -193,6 +205,7 @@ class Journal:
         try:
             self._file = Fd(os.open(draft, flags, 0o600))
             self._append({"format": _FORMAT} | facts)
+            _reserve(self._file)
             os.rename(draft, self._path)
         except OSError as error:
             raise state_error(self._path, error) from error
@@ -243,11 +256,14 @@ class Journal:
             raise state_error(self._path, error) from error
 
     def end(self) -> None:
-        """Remove it: everything is done, or as it was. Call it at home."""
+        """Remove it: everything is done, or as it was. Its room is free for what is written next. Call it at home."""
         for _ in range(2):
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
-                return
+                break
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def tidy(self) -> None:
         """Drop what was not written to its end."""
@@ -285,15 +301,16 @@ class Journal:
 
 
 def interrupted(run: bytes) -> list[bytes]:
-    """Return the targets that have a journal, by their paths."""
+    """Return the targets that have a journal, by their paths. Raises TuckError where the directory cannot be read."""
     folder = os.path.join(run, b"targets")
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for key in sorted(os.listdir(folder)):
-            entry = Journal(os.path.join(folder, key)).read()
-            if entry is not None:
-                found.append(entry.target)
-    return found
+    try:
+        keys = sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise state_error(folder, error) from error
+    entries = (Journal(os.path.join(folder, key)).read() for key in keys)
+    return [entry.target for entry in entries if entry is not None]
 
 
 def _mounted(found: Any) -> Mounted:

@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING
 
 from tuckctl import stop
 from tuckctl.durable import state_error
-from tuckctl.errors import LockedError
+from tuckctl.errors import KernelError, LockedError
 from tuckctl.kernel.fd import Fd
-from tuckctl.kernel.syscalls import show
+from tuckctl.kernel.flags import AT_FDCWD, Resolve
+from tuckctl.kernel.syscalls import openat2, show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _COURTEOUS_WAIT = 0.002
 _LONGEST_WAIT = 0.1
+_COURTESY = 2.0
 
 
 def _try(fd: int, *, shared: bool) -> bool:
@@ -76,6 +78,22 @@ def courtesy(fd: int, seconds: float) -> Iterator[None]:
     finally:
         if held:
             release(fd)
+
+
+@contextlib.contextmanager
+def alone_on(point: bytes) -> Iterator[None]:
+    """Keep the transactions of other targets on the mount at `point` off for a moment.
+
+    An undo below a private mount makes that one shared while it lasts, a recovery a slave. What is looked at or tucked
+    then would be taken for shared, or for somebody else's copy. No one may be kept from an undo: the wait has an end.
+    """
+    try:
+        root = openat2(AT_FDCWD, point, os.O_RDONLY | os.O_DIRECTORY, Resolve.NO_SYMLINKS)
+    except KernelError:
+        yield
+        return
+    with root, courtesy(root.fileno(), _COURTESY):
+        yield
 
 
 @contextlib.contextmanager

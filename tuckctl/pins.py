@@ -28,13 +28,19 @@ def _is_mounted(path: bytes) -> bool:
         return False
 
 
+def prepare(run: bytes, target: bytes, number: int) -> None:
+    """Make the place for generation `number`. Raises TuckError."""
+    place = _place(run, target, number)
+    for folder in (os.path.dirname(place), place):
+        prepare_directory(folder)
+
+
 def pin(run: bytes, target: bytes, number: int, overlay: Fd) -> None:
     """Keep a detached clone of generation `number`, in this namespace alone: its parent is private."""
     unpin(run, target, number)
     place = _place(run, target, number)
     folder = os.path.dirname(place)
-    prepare_directory(folder)
-    prepare_directory(place)
+    prepare(run, target, number)
     if not _is_mounted(folder):
         with open_tree(AT_FDCWD, folder, clone=True) as itself:
             mount_setattr(itself, propagation=Propagation.PRIVATE)

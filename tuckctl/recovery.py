@@ -25,6 +25,7 @@ from tuckctl.journal import Entry, Journal, Mounted
 from tuckctl.kernel.flags import Clone, Propagation
 from tuckctl.kernel.syscalls import Mount, mount_setattr, move_mount_set_group, open_tree, quoted, setns, show
 from tuckctl.kernel.threads import on_thread
+from tuckctl.locks import alone_on
 from tuckctl.overlay import generation_of
 from tuckctl.plan import live_mounts
 from tuckctl.prune import drop_images
@@ -113,6 +114,29 @@ def _seen(scene: Scene) -> Entry | None:
         group=(target.path,),
         fstype=old.fstype,
     )
+
+
+def settle_live(scene: Scene) -> None:
+    """Record that what is live came to be seen: who brought it may have been killed before that.
+
+    Its journal may lie in another run directory.
+    """
+    number = scene.live.generation
+    generation = scene.records.get(number) if number is not None else None
+    if generation is not None and generation.outcome == "pending":
+        scene.records.write(replace(generation, outcome="swapped"))
+
+
+def settle(scene: Scene) -> None:
+    """Record what is live where the record tells of another generation, and no journal of anything to be done."""
+    settle_live(scene)
+    old, number, current = scene.live.old, scene.live.generation, scene.current
+    if old is None or number is None or scene.records.get(number) is None:
+        return
+    if current is None or current.generation != number:
+        previous = current.generation or current.previous if current is not None else None
+        with scene.records.draft_current(Current(number, previous, scene.boot_id, scene.namespace, old.id)) as draft:
+            draft.publish()
 
 
 def tidy(scene: Scene, places: Places) -> None:
@@ -443,13 +467,14 @@ def recover(
         for recovery in recoveries:
             stack.enter_context(recovery.journal)
             recovery.journal.resume()
-            with Switchboard() as board:
+            with alone_on(recovery.target.around.point), Switchboard() as board:
                 recovery.repair(board)
             # What was looked at before may have been changed for the moment.
             recovery.target = recovery.target.refreshed()
         if len(recoveries[0].entry.group) > 1:
             return _recover_group(recoveries, wishes, swap_back, undo=undo)
-        return [_recover(recovery, wishes, undo=undo) for recovery in recoveries]
+        with alone_on(recoveries[0].target.around.point):
+            return [_recover(recovery, wishes, undo=undo) for recovery in recoveries]
 
 
 def _recover(recovery: _Recovery, wishes: Wishes, *, undo: bool) -> Recovered:

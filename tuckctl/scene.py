@@ -17,7 +17,7 @@ from tuckctl.journal import Journal
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Resolve
 from tuckctl.kernel.syscalls import Mount, mount_id, open_tree, openat2, quoted, show
-from tuckctl.locks import locked, release, take
+from tuckctl.locks import alone_on, locked, release, take
 from tuckctl.overlay import generation_of, is_ours
 from tuckctl.plan import Live, classify, live_mounts, refuse_capabilities, refuse_nested
 from tuckctl.receivers import copies_of, observe
@@ -106,7 +106,8 @@ def open_scene(
         places.prepare(target.path)
         stack.enter_context(locked(places.lock(target.path), deadline, target.path))
         stack.enter_context(locked_directory(target, deadline))
-        target = target.refreshed()
+        with alone_on(target.around.point):
+            target = target.refreshed()
         records = Records(places.state, target.path)
         current, boot = records.current(), boot_id()
         namespace = os.stat("/proc/thread-self/ns/mnt").st_ino

@@ -90,12 +90,22 @@ def _with_absolute_paths(request: Request) -> Request:
 
 
 def _recovered_first(work: Callable[[Asked], TransactionResult], asked: Asked) -> TransactionResult:
-    """Put what was interrupted on the targets in order first, where that is asked for."""
-    for path, request in asked:
-        if request.recover:
-            with contextlib.suppress(PartialError):  # the work that comes tells of receivers itself
-                _recover(path, replace(request, recover=False), undo=False)
-    return work(asked)
+    """Put what was interrupted on the targets in order first, where that is asked for.
+
+    Between that and the work another transaction may have its turn, and be interrupted as well.
+    """
+    deadline = time.monotonic() + asked[0][1].timeout
+    while True:
+        for path, request in asked:
+            if request.recover:
+                with contextlib.suppress(PartialError):  # the work that comes tells of receivers itself
+                    _recover(path, replace(request, recover=False), undo=False)
+        try:
+            return work(asked)
+        except IncompleteError as error:
+            again = error.code == "interrupted" and all(request.recover for _, request in asked)
+            if not again or time.monotonic() > deadline:
+                raise
 
 
 def _alone(work: Callable[[bytes, Request], TransactionResult]) -> Callable[[Asked], TransactionResult]:
@@ -217,7 +227,7 @@ def _assemble(stack: contextlib.ExitStack, course: Course, wanted: _Wanted, plac
     """Mount what a target is to show, detached, as a new generation."""
     adopted, scene = _adopt(wanted.scene, course)
     generation = Generation(
-        adopted.number + 1 if adopted is not None else scene.records.next_number(),
+        adopted.number + 1 if adopted is not None else _next_number(scene),
         scene.target.path,
         tuple(ImageRecord(image.path, image.format, image.sha256, image.kept) for image in wanted.images),
         option_names(wanted.flags),
@@ -330,6 +340,7 @@ def _recover(path: bytes, request: Request, *, undo: bool) -> TransactionResult:
         found = [(scene, entry) for scene in scenes if (entry := recovery.find(scene, places)) is not None]
         if not found:
             for scene in scenes:
+                recovery.settle(scene)
                 recovery.tidy(scene, places)
             return conclude(course, *course.so_far, outcome="unchanged")
         # Who else of the transaction has no journal has nothing to be put in order.
@@ -350,7 +361,9 @@ def _recover_all(_: bytes, request: Request, *, undo: bool) -> TransactionResult
         places = Places.from_environment()
     done: list[TransactionResult] = []
     failure: TuckError | None = None
-    for path in interrupted(places.run):
+    with begin("recover"):
+        paths = interrupted(places.run)
+    for path in paths:
         if any(target.target == path for result in done for target in result.targets):
             continue  # with others of its transaction
         try:
@@ -400,10 +413,9 @@ def _put_in_order(
 
     recovered = recovery.recover(members, places, wishes, course.enter, swap_back, undo=undo)
     course.enter("record")
-    results = tuple(_told_recovered(scene, each, places) for (scene, _), each in zip(members, recovered, strict=True))
     for scene, _ in members:
         Journal(places.of(scene.target.path)).end()
-    return results
+    return tuple(_told_recovered(scene, each, places) for (scene, _), each in zip(members, recovered, strict=True))
 
 
 def _told_recovered(scene: Scene, recovered: recovery.Recovered, places: Places) -> TargetResult:
@@ -528,13 +540,14 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
         if adopted is not None:
             scene.records.write(adopted)
         before = scene.live.generation
+        recovery.settle_live(scene)
         reserve(_DESCRIPTORS)
         bottom = stack.enter_context(opened_base(scene))
         record = scene.records.draft_current(Current(None, before, scene.boot_id, scene.namespace, 0))
         stack.enter_context(record)
         known = holding.read_replaced(places.of(target.path))
         left = known.left
-        keepsake = _keepsake(stack, scene)
+        keepsake = _keepsake(stack, scene, places)
         journal = stack.enter_context(Journal(places.of(target.path)))
         convergence = stack.enter_context(
             Convergence(
@@ -612,6 +625,11 @@ def _selection(course: Course, request: Request) -> Selection:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def _next_number(scene: Scene) -> int:
+    """Return the number for the next generation; what is live has one, whatever became of the records."""
+    return max(scene.records.next_number(), (scene.live.generation or 0) + 1)
 
 
 def _previous(scene: Scene, number: int | None = None) -> int | None:
@@ -726,7 +744,7 @@ def _adopt(scene: Scene, course: Course) -> tuple[Generation | None, Scene]:
     live = scene.live
     if not live.adopted or live.generation is not None or live.old is None:
         return None, scene
-    number = scene.records.next_number()
+    number = _next_number(scene)
     source = ImageRecord(live.old.source, live.old.fstype, None, kept=False)
     options = option_names(live.old.attributes)
     if not os.statvfs(scene.target.place).f_flag & os.ST_RDONLY:
@@ -752,17 +770,29 @@ def _adopt(scene: Scene, course: Course) -> tuple[Generation | None, Scene]:
 
 
 def _record_failure(scene: Scene, error: BaseException, *generations: Generation | None) -> None:
-    """Record what became of generations that were not reached, without hiding why."""
-    with contextlib.suppress(TuckError):
-        for generation in generations:
-            if generation is not None:
-                scene.records.write(replace(generation, outcome=getattr(error, "outcome", "undone")))
+    """Record what became of generations that were not reached, without hiding why.
+
+    Where there is no room for that, there is none for the record and its images either.
+    """
+    full = getattr(error, "code", None) == "state-full"
+    for generation in generations:
+        if generation is not None:
+            try:
+                if not full:
+                    scene.records.write(replace(generation, outcome=getattr(error, "outcome", "undone")))
+            except TuckError:
+                full = True
+            if full and not isinstance(error, IncompleteError):
+                with contextlib.suppress(OSError):
+                    scene.records.remove(generation.number)
 
 
-def _keepsake(stack: contextlib.ExitStack, scene: Scene) -> Fd | None:
-    """Clone an overlay that tuckctl did not make before it goes: it cannot be made again."""
+def _keepsake(stack: contextlib.ExitStack, scene: Scene, places: Places) -> Fd | None:
+    """Clone an overlay that tuckctl did not make before it goes: it cannot be made again. Make a place for it."""
     if not scene.live.adopted:
         return None
+    if scene.live.generation is not None:
+        pins.prepare(places.run, scene.target.path, scene.live.generation)
     return stack.enter_context(open_tree(scene.target.parent, scene.target.name, clone=True))
 
 
@@ -812,11 +842,12 @@ def _enlist(
     if not turn.generation.adopted:
         turn.generation = replace(turn.generation, outcome="swapped")
     number = turn.generation.number
+    recovery.settle_live(scene)
     current = Current(number, _previous(scene, number), scene.boot_id, scene.namespace, exchange.new_id)
     records = [stack.enter_context(scene.records.draft_current(current))]
     if scene.records.get(number) != turn.generation:
         records.insert(0, stack.enter_context(scene.records.draft(turn.generation)))
-    keepsake = _keepsake(stack, scene)
+    keepsake = _keepsake(stack, scene, places)
     clone = None
     if way_back and live.old is not None:
         clone = stack.enter_context(open_tree(target.parent, target.name, clone=True))

@@ -774,6 +774,12 @@ static void loop_failures(void) {
     FAILS(tuck_clone_file(NO_SUCH_FD, file), EBADF);
     int to = SYS(open("copy", O_CREAT | O_RDWR | O_CLOEXEC, 0644));
     FAILS(tuck_clone_file(to, file), EOPNOTSUPP);
+    FAILS(tuck_reserve(NO_SUCH_FD, 4096), EBADF);
+    FAILS(tuck_reserve(file, 0), EINVAL);
+    OK(tuck_reserve(to, 4096));
+    struct stat reserved;
+    SYS(fstat(to, &reserved));
+    TRUE(reserved.st_size == 0 && reserved.st_blocks >= 8);
     close(to);
     close(file);
 }

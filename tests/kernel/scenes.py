@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from tuckctl.results import TransactionResult
 
 _T = TypeVar("_T")
-PATIENCE = 3.0
+PATIENCE = 30.0
 MODES = {"private": Propagation.PRIVATE, "slave": Propagation.SLAVE, "shared": Propagation.SHARED}
 _USTAT = {"x86_64": 136}
 BASE = {

@@ -665,6 +665,14 @@ def clone_file(target: Descriptor, source: Descriptor) -> None:
     _check(lib.tuck_clone_file(_number(target), _number(source)), "ioctl(FICLONE)", target)
 
 
+def reserve_room(file: Descriptor, size: int) -> None:
+    """Give a file room for `size` bytes in all; its own size stays (fallocate(2), FALLOC_FL_KEEP_SIZE).
+
+    EOPNOTSUPP where its filesystem cannot.
+    """
+    _check(lib.tuck_reserve(_number(file), size), "fallocate", file)
+
+
 def list_namespaces(start: Descriptor) -> list[Namespace]:
     """List every mount namespace that the caller may see, those without a process too (Linux 6.12)."""
     room = 2048
