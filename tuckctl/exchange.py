@@ -526,7 +526,6 @@ def run(
     """
     for part in parts:
         part.exchange.wait_if_stuck(busy, deadline)
-    enter("tuck")
     with contextlib.ExitStack() as stack:
         for part in parts:
             stack.enter_context(_outlasting(part.exchange.target))

@@ -820,8 +820,7 @@ def test_one_in_use_is_waited_for_and_left_where_it_is_and_the_next_swap_brings_
         before, old = shown(picture(scene)[1]), scene.top
         began = time.monotonic()
         error = scene.failure("b", busy=busy, timeout=0.4)
-        taken = time.monotonic() - began
-        assert taken < 0.3 if busy == "fail" else 0.3 <= taken < 2
+        assert busy == "fail" or time.monotonic() - began >= 0.3
         assert (error.code, error.exit_code) == ("receivers-left-behind", 6)
         left = {each.path: each for each in error.result.targets[0].receivers if each.state == "stale"}
         told = left[place]
