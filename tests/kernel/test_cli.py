@@ -232,7 +232,7 @@ UNBUILT_OPTIONS = [
         ("swap", ["swap", "/etc", "/x", "--keep", "1.5"]),
         ("swap", ["swap", "/etc", "/x", "--jsonn"]),
         ("swap", ["swap", "/etc", "/x", "--js"]),
-        ("swap", ["swap", "/etc=/x", "/usr=/y"]),
+        ("swap", ["swap", "/etc=/x", "/y"]),
         ("status", ["status", "/etc", "/usr"]),
         ("history", ["history"]),
         ("rollback", ["rollback", "/etc", "--to", "before"]),
