@@ -691,7 +691,7 @@ class Convergence:
             yield
         except _NoPlaceError:
             self._failed[stray.mount.id] = stray.reason
-        except KernelError as error:
+        except (KernelError, OSError) as error:
             if not is_gone(stray.mount.id, stray.match.namespace_id):
                 self._failed[stray.mount.id] = _why(stray, error)
 
@@ -1078,11 +1078,11 @@ def _no_place(error: KernelError) -> Exception:
     return _NoPlaceError() if error.errno in missing else error
 
 
-def _why(stray: _Stray, error: KernelError) -> str:
+def _why(stray: _Stray, error: KernelError | OSError) -> str:
     """Return the reason for which the kernel would not have a receiver brought."""
     if error.errno == errno.EINVAL and stray.match.owner not in (0, os.stat("/proc/thread-self/ns/user").st_ino):
         return "locked"
-    return {errno.EBUSY: "busy", errno.ESTALE: "covered"}.get(error.errno, "unreachable")
+    return {errno.EBUSY: "busy", errno.ESTALE: "covered"}.get(error.errno or 0, "unreachable")
 
 
 def _flags(stray: _Stray, new: MountAttr) -> tuple[MountAttr, MountAttr]:

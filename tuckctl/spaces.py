@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import stat
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from tuckctl.errors import KernelError, RefusedError, UsageError
@@ -235,8 +236,8 @@ def unmount(path: bytes, wanted: int, flags: int = 0) -> None:
     Raises KernelError: as `reach` does, and as umount2(2).
     """
     folder, name = os.path.split(path)
-    with walk(AT_FDCWD, folder) as around:
-        _reach(around, name, wanted).close()
+    with insist(partial(walk, AT_FDCWD, folder)) as around:
+        insist(partial(_reach, around, name, wanted)).close()
         os.fchdir(around.fileno())
     try:
         umount2(name, flags | Umount.NOFOLLOW)
@@ -246,10 +247,14 @@ def unmount(path: bytes, wanted: int, flags: int = 0) -> None:
 
 def is_folder(descriptor: Descriptor) -> bool:
     """Whether a descriptor is a directory's, without asking its filesystem's server."""
-    try:
-        openat2(descriptor, b".", os.O_PATH | os.O_DIRECTORY, Resolve.CACHED).close()
-    except KernelError as error:
-        return error.errno != errno.ENOTDIR
+    for _ in range(2):  # what the kernel would not do once says nothing about the file
+        try:
+            openat2(descriptor, b".", os.O_PATH | os.O_DIRECTORY, Resolve.CACHED).close()
+        except KernelError as error:
+            if error.errno == errno.ENOTDIR:
+                return False
+        else:
+            break
     return True
 
 
