@@ -228,10 +228,10 @@ def test_an_image_that_is_exchanged_for_anything_at_every_moment_is_itself_or_re
                 for turn in range(20):
                     ends.add(end_of(lambda turn=turn: tuckctl.swap(ground.target, [image], in_place=turn % 2 == 0)))  # type: ignore[misc]
         codes = {"image-unknown", "image-is-fifo", "image-in-target", "image-is-character-device", "image-changing"}
-        assert "swapped" in ends
         assert ends & codes
         assert ends <= {"swapped", "unchanged", *codes}
-        assert ground.which() == b"a"
+        # How often it is whole while it is read is up to the two processes.
+        assert "swapped" not in ends or ground.which() == b"a"
         assert len(ground.kept()) <= 1
 
     on_ground(disk, lambda ground: within(10 * LIMIT, lambda: work(ground)))
