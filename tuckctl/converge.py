@@ -187,6 +187,8 @@ class Convergence:
         self._relations = Relations(old, self._board.home, self._stack)
         self._placed: list[_Stray] = []
         self._lying: dict[int, Brought] = {}
+        self.remnants: set[int] = set()
+        """The ids of mounts beneath receivers for whom they were meant, which could not be taken out again."""
         """Those beneath whose mounts new lies, and who use them, by the ids of their mounts."""
         self._is_placing = False
         self._known: New | None = None
@@ -261,9 +263,10 @@ class Convergence:
         self._before = {match.mount_id: match for match in matches}
         self._relations.note_masters(self._before.values())
 
-    def know(self, slaves: Iterable[int], peers: Iterable[int]) -> None:
-        """Take who among those that were left on earlier content was a slave, or a peer, of it."""
+    def know(self, slaves: Iterable[int], peers: Iterable[int], remnants: Iterable[int] = ()) -> None:
+        """Take who among those that were left on earlier content was a slave, or a peer, of it; and what lies there."""
         self._relations.slaves, self._relations.peers = frozenset(slaves), frozenset(peers)
+        self.remnants |= set(remnants)
 
     def slaves(self) -> tuple[int, ...]:
         """Return who was a slave of old, or of the content before, by the ids of their mounts."""
@@ -347,6 +350,7 @@ class Convergence:
         if self._base is None and not look(mount_id(self._fd)).peer_group:
             mount_setattr(self._fd, propagation=Propagation.SHARED)
         new = self._look_at_new()
+        stale = self._swept(stale)
         self._failed |= {match.mount_id: "bind" for match in stale if match.mount_id in within}
         self._is_placing = True
         for chunk in self._chunks([match for match in stale if match.mount_id not in within]):
@@ -461,6 +465,7 @@ class Convergence:
     def _bring(self, wanted: Sequence[Match], *, patient: bool) -> None:
         try:
             new = self._look_at_new()
+            wanted = self._swept(wanted)
             self._relations.note_masters(wanted)
             for chunk in self._chunks(self._bring_plain(wanted, new)):
                 on_thread(partial(self._bring_all, chunk, new, patient=patient))
@@ -468,7 +473,19 @@ class Convergence:
             self._give_up(wanted)
         finally:
             while self._lying:
-                self._lying.popitem()[1].close()
+                _, one = self._lying.popitem()
+                self.remnants.add(one.clone_id)
+                one.close()
+
+    def _swept(self, wanted: Sequence[Match]) -> list[Match]:
+        """Take out what an earlier attempt had to leave beneath receivers; return who is left to be brought."""
+        gone = set()
+        for match, space in in_spaces([match for match in wanted if match.parent_id in self.remnants]):
+            with contextlib.suppress(KernelError, OSError):
+                on_thread(partial(self._board.take_out, match.parent_id, space))
+                gone.add(match.parent_id)
+        self.remnants -= gone
+        return [match for match in wanted if match.mount_id not in gone]
 
     def _bring_plain(self, wanted: Sequence[Match], new: New) -> list[Match]:
         """Bring those who have nothing of their own but the mount in one call; return the others."""
@@ -694,6 +711,9 @@ class Convergence:
         except (KernelError, OSError) as error:
             if not is_gone(stray.mount.id, stray.match.namespace_id):
                 self._failed[stray.mount.id] = _why(stray, error)
+                if stray.is_placed and not stray.is_locked:
+                    with contextlib.suppress(KernelError):
+                        self.remnants.add(mount_id(stray.clone))
 
     def _clone(self, stray: _Stray, new: New) -> None:
         """Clone the part of new that the receiver shows of old, with its flags.

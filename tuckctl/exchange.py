@@ -101,6 +101,8 @@ class Revealed:
     """Who was brought to base by a mount of it."""
     is_detached: bool = False
     """Whether base is what is to be seen."""
+    remnants: frozenset[int] = frozenset()
+    """The ids of mounts beneath some of those, that were meant for them and could not be taken out again."""
     doubts: frozenset[int] = frozenset()
     """The ids of those that may show what was replaced on another account than the target's."""
 
@@ -692,6 +694,7 @@ def converge(
         convergence.replaced,
         based=based,
         is_detached=convergence.is_to_base,
+        remnants=frozenset(convergence.remnants),
         doubts=convergence.doubts,
     )
 

@@ -202,6 +202,8 @@ class Replaced:
     """The content that is live, where others may have mounted the same, with the mounts that receivers got of it."""
     peers: tuple[int, ...] = ()
     """The ids of those among these mounts whose receivers were peers of what was taken off; see `slaves` for others."""
+    remnants: tuple[int, ...] = ()
+    """The ids of mounts that lie beneath those left behind, and could not be taken out again."""
 
     @property
     def behind(self) -> tuple[Content, ...]:
@@ -229,6 +231,7 @@ def read_replaced(directory: bytes) -> Replaced:
             tuple(_content(*each) for each in found.get("bases", ())),
             _content(*found["live"]) if found.get("live") else None,
             tuple(unsigned(identity) for identity in found.get("peers", ())),
+            tuple(unsigned(identity) for identity in found.get("remnants", ())),
         )
     except OSError as error:
         if is_none(error):
@@ -272,5 +275,6 @@ def write_replaced(directory: bytes, replaced: Replaced) -> None:
         "bases": [_told(content) for content in replaced.bases],
         "live": _told(replaced.live) if replaced.live is not None else None,
         "peers": replaced.peers,
+        "remnants": replaced.remnants,
     }
     write_file(directory, _FILE, json.dumps(document).encode(), durable=False)

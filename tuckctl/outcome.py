@@ -153,6 +153,7 @@ def remember(scene: Scene, revealed: Revealed, places: Places) -> tuple[Holder, 
         bases=bases,
         peers=tuple(identity for identity in dict.fromkeys(peers) if identity in still),
         live=_live(revealed, known.live),
+        remnants=tuple(sorted({match.parent_id for match in revealed.stale} & revealed.remnants)),
     )
     found: tuple[Holder, ...] = ()
     # Who was left is mounted there still; it may be unmounted at any time, and be held on to all the same.

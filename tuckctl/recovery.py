@@ -330,7 +330,7 @@ class _Recovery:
                 )
             )
             convergence.recall(entry.aside, entry.brought)
-            convergence.know(before.slaves, before.peers)
+            convergence.know(before.slaves, before.peers, before.remnants)
             revealed = converge(
                 convergence,
                 verify,

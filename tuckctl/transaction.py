@@ -563,7 +563,7 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
                 journal=journal,
             )
         )
-        convergence.know(known.slaves, known.peers)
+        convergence.know(known.slaves, known.peers, known.remnants)
         try:
             journal.begin(
                 transaction=course.transaction,
@@ -691,7 +691,7 @@ def _told_unchanged(course: Course, scene: Scene, request: Request, *, deadline:
                 around=scene.target.below,
             )
         )
-        convergence.know(known.slaves, known.peers)
+        convergence.know(known.slaves, known.peers, known.remnants)
         shown = old.id if old is not None else 0
         revealed = converge(convergence, verify, shown=shown, receivers=request.receivers, enter=course.enter)
     return TargetResult(
@@ -867,7 +867,7 @@ def _enlist(
         )
     )
     known = holding.read_replaced(places.of(target.path))
-    convergence.know(known.slaves, known.peers)
+    convergence.know(known.slaves, known.peers, known.remnants)
     return _Enlisted(turn, Part(exchange, convergence, journal), current, records, keepsake, clone)
 
 

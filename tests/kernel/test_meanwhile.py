@@ -136,8 +136,8 @@ def test_a_server_that_does_not_answer_gets_in_the_way_at_any_moment_and_stops_n
                 wrong.append((number, outcome.exit_code, outcome.code, others, is_there))
             # Now that it can be reached, it is brought.
             _, outcome = swap(scene)
-            shown = {mount.device for mount in scene.mounts_at(b"", private)}
-            if outcome.exit_code != 0 or len(set(scene.everywhere())) != 1 or shown != {scene.top.device}:
+            shown = [mount.device for mount in scene.mounts_at(b"", private)]
+            if outcome.exit_code != 0 or len(set(scene.everywhere())) != 1 or shown != [scene.top.device]:
                 wrong.append((number, "not brought", outcome.exit_code, scene.everywhere(), shown))
         return wrong
 
