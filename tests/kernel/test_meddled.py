@@ -148,12 +148,17 @@ def test_a_peer_that_keeps_mounting_on_the_target_leaves_it_whole(disk: bytes) -
         end(pid)
         if read_or_none(scene.target + b"/which") is None:
             take_off(scene.target)
-        tuckctl.recover(scene.target)
-        assert scene.everywhere() in ([b"a"] * 2, [b"b"] * 2)
-        assert [len(scene.mounts_at(b"", space)) for space in (None, peer)] == [1, 1]
-        scene.swap("c")
-        assert scene.everywhere() == [b"c"] * 2
-        assert mount_id(AT_FDCWD, scene.target) != top
+        told = attempt(lambda: tuckctl.recover(scene.target))
+        if told is None:
+            assert scene.everywhere() in ([b"a"] * 2, [b"b"] * 2)
+            assert [len(scene.mounts_at(b"", space)) for space in (None, peer)] == [1, 1]
+        told = attempt(lambda: scene.swap("c")) if told is None else told
+        if told is None:
+            assert scene.everywhere() == [b"c"] * 2
+            assert mount_id(AT_FDCWD, scene.target) != top
+        else:  # the peer's last mount may lie between the two: that is told, and nobody sees base
+            assert (told.exit_code, told.code) == (6, "receivers-left-behind")
+            assert {*scene.everywhere()} <= {b"a", b"b", b"c"}
 
     def read_or_none(path: bytes) -> bytes | None:
         try:
