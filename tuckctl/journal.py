@@ -185,6 +185,7 @@ class Journal:
     def __init__(self, directory: bytes) -> None:
         """Name the target's folder in the run directory; nothing is written yet."""
         self._path = os.path.join(directory, _FILE)
+        self._room = self._path + b".room"
         self._file: Fd | None = None
 
     def __enter__(self) -> Self:
@@ -206,8 +207,11 @@ class Journal:
             self._file = Fd(os.open(draft, flags, 0o600))
             self._append({"format": _FORMAT} | facts)
             _reserve(self._file)
+            with Fd(os.open(self._room, flags, 0o600)) as room:
+                _reserve(room)
             os.rename(draft, self._path)
         except OSError as error:
+            self.make_room()
             raise state_error(self._path, error) from error
         finally:
             with contextlib.suppress(OSError):
@@ -255,8 +259,14 @@ class Journal:
         except OSError as error:
             raise state_error(self._path, error) from error
 
+    def make_room(self) -> None:
+        """Free what was kept for the record of who still uses old, which is to be written before the journal ends."""
+        with contextlib.suppress(OSError):
+            os.unlink(self._room)
+
     def end(self) -> None:
-        """Remove it: everything is done, or as it was. Its room is free for what is written next. Call it at home."""
+        """Remove it: everything is done, or as it was. Call it at home."""
+        self.make_room()
         for _ in range(2):
             with contextlib.suppress(OSError):
                 os.unlink(self._path)
@@ -266,7 +276,8 @@ class Journal:
             self._file = None
 
     def tidy(self) -> None:
-        """Drop what was not written to its end."""
+        """Drop what was not written to its end, and what was kept for more."""
+        self.make_room()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path + b".new")
 

@@ -231,6 +231,8 @@ def copies_of(
             return seen.source == mount.source
         related = (
             match.mount_id in brought
+            # Its path may have been renamed since it was looked at.
+            or match.mount_id == mount.id
             or seen.point == mount.point
             or not groups.isdisjoint((match.peer_group, match.master))
         )

@@ -413,9 +413,13 @@ def _put_in_order(
 
     recovered = recovery.recover(members, places, wishes, course.enter, swap_back, undo=undo)
     course.enter("record")
-    for scene, _ in members:
-        Journal(places.of(scene.target.path)).end()
-    return tuple(_told_recovered(scene, each, places) for (scene, _), each in zip(members, recovered, strict=True))
+    journals = [Journal(places.of(scene.target.path)) for scene, _ in members]
+    for journal in journals:
+        journal.make_room()
+    results = tuple(_told_recovered(scene, each, places) for (scene, _), each in zip(members, recovered, strict=True))
+    for journal in journals:
+        journal.end()
+    return results
 
 
 def _told_recovered(scene: Scene, recovered: recovery.Recovered, places: Places) -> TargetResult:
@@ -514,6 +518,7 @@ def _finish_detach(
             _publish_one(course, journal, stack.enter_context(scene.records.draft_current(current)))
         scene = replace(scene, live=replace(scene.live, old=entry.as_mount(), generation=entry.previous))
         try:
+            journal.make_room()
             holders = remember(scene, revealed, places)
         finally:
             journal.end()
@@ -603,6 +608,7 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
         _publish_one(course, journal, record)
         _pin(scene, keepsake, places)
         try:
+            journal.make_room()
             holders = remember(scene, revealed, places)
         finally:
             journal.end()
@@ -931,10 +937,18 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
                 pins.unpin(places.run, scene.target.path, generation.number)
             _pin(scene, each.keepsake, places)
         try:
-            holders = [remember(each.turn.scene, shown, places) for each, shown in zip(enlisted, revealed, strict=True)]
+            holders = _remember_all(enlisted, revealed, places)
         finally:
             _end([each.part.journal for each in enlisted])
     return tuple(map(_told, enlisted, revealed, holders))
+
+
+def _remember_all(
+    enlisted: Sequence[_Enlisted], revealed: Sequence[Revealed], places: Places
+) -> list[tuple[Holder, ...]]:
+    for each in enlisted:
+        each.part.journal.make_room()
+    return [remember(each.turn.scene, shown, places) for each, shown in zip(enlisted, revealed, strict=True)]
 
 
 def _end(journals: Sequence[Journal]) -> None:

@@ -44,6 +44,7 @@ _COVERED = (
     "/dev/shm",
     "/etc/cni/net.d",
     "/etc/docker",
+    "/opt",
     "/var/lib/cni",
     "/var/lib/containers",
     "/var/cache/containers",
