@@ -40,7 +40,7 @@ class System(NamedTuple):
     new: Path
 
 
-def _source() -> tuple[str, str]:
+def source() -> tuple[str, str]:
     """Return the mirror of this machine's apt, and its release."""
     try:
         wanted = "$(REPO_URI) $(CODENAME) $(COMPONENT) $(CREATED_BY) $(ORIGIN)"
@@ -62,7 +62,7 @@ def _cache() -> Path:
 
 def debian_tree(release: str | None = None, packages: Sequence[str] = PACKAGES) -> Path:
     """Return a tree as debootstrap makes it, of this machine's release or another one; nobody may write to it."""
-    uri, own = _source()
+    uri, own = source()
     release = release or own
     if shutil.which("debootstrap") is None:
         pytest.skip("debootstrap is missing")

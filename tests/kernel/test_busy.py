@@ -76,7 +76,7 @@ def test_fail_undoes_at_once(disk: bytes, kind: str, where: str | None) -> None:
         holder = scene.hold(KINDS[kind][0], kind, space)
         began = time.monotonic()
         with scene.unchanged():
-            error = scene.failure("b", busy="fail", timeout=30.0)
+            error = scene.failure("b", busy="fail", timeout=20 * PATIENCE)
         assert time.monotonic() - began < PATIENCE
         assert (error.code, error.exit_code, error.outcome) == ("busy", 4, "undone")
         assert f"pid {holder.pid}" in error.message
@@ -99,7 +99,7 @@ def test_wait_lets_a_holder_finish_and_readers_never_notice(disk: bytes, parent:
             assert set(reader.result()) == {b"a"}
         scene.hold(after=0.3, space=spaces[0] if spaces else None)
         began = time.monotonic()
-        result = scene.swap("b", busy="wait", timeout=10.0)
+        result = scene.swap("b", busy="wait", timeout=20 * PATIENCE)
         assert 0.1 < time.monotonic() - began < 0.3 + PATIENCE
         assert result.targets[0].holders == ()
         assert set(scene.everywhere()) == {b"b"}

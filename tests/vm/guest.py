@@ -20,6 +20,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from tests.kernel.debian import source
 from tuckctl.kernel.watch import end_with_parent
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "build" / "kernels"
 SHARE = "/mnt/share"
-_MIRROR = "http://deb.debian.org/debian"
 _KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 _MODULES = (
@@ -78,7 +78,8 @@ def fetch(version: str) -> Kernel:
         for part in ("lists/partial", "cache/archives/partial", "debs"):
             (draft / part).mkdir(parents=True)
         sources = draft / "sources.list"
-        sources.write_text(f"deb [signed-by={_KEYS}] {_MIRROR} {package.suite} main\n", "ascii")
+        mirror, _ = source()
+        sources.write_text(f"deb [signed-by={_KEYS}] {mirror} {package.suite} main\n", "ascii")
         options = {
             "Dir::Etc::SourceList": sources,
             "Dir::Etc::SourceParts": "-",
