@@ -51,9 +51,14 @@ class Fd:
         return number
 
     def close(self) -> None:
-        """Close it, if it still is open."""
+        """Close it, if it still is open.
+
+        No error is raised: whatever close(2) returns, the kernel has let go of it, and what was written was
+        synchronised before. An error in the middle of a tidying up would only end that.
+        """
         if self._number >= 0:
-            os.close(self.release())
+            with contextlib.suppress(OSError):
+                os.close(self.release())
 
     def __enter__(self) -> Self:
         """Own it for the length of a block."""
