@@ -6,7 +6,11 @@
  *                              the number of mounts found at the end. After a "!" it takes the new content
  *                              out again instead of showing it
  *   bare hold COUNT [private]  keeps COUNT copies of this mount namespace, peers of it or private, with a
- *                              process in each, until its input ends */
+ *                              process in each, until its input ends
+ *   bare open COUNT FDS EVERY FILE  keeps COUNT processes with FDS descriptors each, until its input ends; every
+ *                              EVERYth has FILE open
+ *   bare walk TARGET           for each line, looks at every mount of every namespace, prints the microseconds
+ *                              that took, and the number of mounts of TARGET's filesystem */
 #include "floor.h"
 
 #include <errno.h>
@@ -436,7 +440,31 @@ end:
     fflush(stdout);
 }
 
-static void hold(long count, bool private) {
+static void copy_namespace(bool private) {
+    ok(unshare(CLONE_NEWNS), "unshare");
+    if (private)
+        must(tuck_mount_setattr(AT_FDCWD, "/", WHOLE, 0, 0, MAKE_PRIVATE, 0), "mount_setattr");
+}
+
+static void fill(int descriptors, const char *path) {
+    for (int fd = 0; fd < descriptors; fd++) {
+        int file = ok(open(fd > 0 ? "/dev/null" : path, O_RDONLY), "open");
+        if (file != fd) {
+            ok(dup2(file, fd), "dup2");
+            close(file);
+        }
+    }
+}
+
+/* What each of the processes that are kept is: one in a copy of the namespace, or one with many descriptors. */
+struct kept {
+    bool private;
+    int descriptors;
+    long every;
+    const char *path;
+};
+
+static void keep(long count, const struct kept *kept) {
     pid_t *children = calloc((size_t)count + 1, sizeof *children);
     int pipes[2];
     char byte;
@@ -447,10 +475,11 @@ static void hold(long count, bool private) {
         children[i] = ok(fork(), "fork");
         if (children[i] == 0) {
             ok(prctl(PR_SET_PDEATHSIG, SIGKILL), "prctl");
-            ok(unshare(CLONE_NEWNS), "unshare");
-            if (private)
-                must(tuck_mount_setattr(AT_FDCWD, "/", WHOLE, 0, 0, MAKE_PRIVATE, 0), "mount_setattr");
-            ok((int)write(pipes[1], "", 1), "write");
+            int told = ok(fcntl(pipes[1], F_DUPFD_CLOEXEC, kept->descriptors), "fcntl");
+            if (kept->descriptors == 0)
+                copy_namespace(kept->private);
+            fill(kept->descriptors, i % kept->every == 0 ? kept->path : "/dev/null");
+            ok((int)write(told, "", 1), "write");
             for (;;)
                 pause();
         }
@@ -468,16 +497,40 @@ static void hold(long count, bool private) {
     free(children);
 }
 
+/* One walk over everything: the least that it takes to know who has a filesystem mounted. */
+static void walk(const char *target) {
+    union facts top;
+    double begun = now();
+    facts_of(mount_of(AT_FDCWD, target), &top);
+    size_t count = look_everywhere(&top.mount, NULL);
+    printf("%.1f %zu\n", now() - begun, count);
+    fflush(stdout);
+}
+
 int main(int count, char **words) {
     char line[4096];
     prctl(PR_SET_PDEATHSIG, SIGKILL);
     if ((count == 3 || count == 4) && strcmp(words[1], "hold") == 0) {
-        hold(strtol(words[2], NULL, 10), count == 4);
+        keep(strtol(words[2], NULL, 10), &(struct kept){.private = count == 4, .every = 1});
+        return 0;
+    }
+    if (count == 6 && strcmp(words[1], "open") == 0) {
+        const struct kept kept = {
+            .descriptors = (int)strtol(words[3], NULL, 10), .every = strtol(words[4], NULL, 10), .path = words[5]};
+        keep(strtol(words[2], NULL, 10), &kept);
+        return 0;
+    }
+    if (count == 3 && strcmp(words[1], "walk") == 0) {
+        while (fgets(line, sizeof line, stdin) != NULL)
+            walk(words[2]);
+        free(founds);
         return 0;
     }
     char *name = count == 4 && strcmp(words[1], "swap") == 0 ? strrchr(words[2], '/') : NULL;
     if (name == NULL) {
-        fputs("usage: bare swap TARGET STATE | bare hold COUNT [private]\n", stderr);
+        fputs("usage: bare swap TARGET STATE | bare hold COUNT [private] | bare open COUNT FDS EVERY FILE | bare walk "
+              "TARGET\n",
+              stderr);
         return 2;
     }
     *name++ = '\0';

@@ -15,10 +15,11 @@ calls by that name; "both looks" is verify and check together, which is what it 
 and who got it; "the moment" is tuck, verify and reveal; "the floor" is that and check; "rest" is what comes before
 the first phase and after the last; "total" is the whole call.
 
-Whole commands are timed in turns with a Python that does nothing and a typer application that does nothing.
+Whole commands are timed in turns with a Python that does nothing and a typer application that does nothing. The
+questions that questions.py asks are timed beside what answers them today.
 
-Usage: run.py [--quick] [--namespaces 1,10,100,1000] [--private 200,1000] [--undone 400]
-              [--mounts 10,1000,10000] [--many 100,5000] [--json FILE]
+Usage: ./dev bench [--quick] [--namespaces 1,10,100,1000] [--private 200,1000] [--undone 400]
+              [--mounts 10,1000,10000] [--many 100,5000] [--processes 2000] [--receivers 1000] [--json FILE]
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import tuckctl
+from tests.bench import questions
 from tuckctl.errors import KernelError
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount
 from tuckctl.kernel.fscontext import new_mount
@@ -140,6 +142,7 @@ class Figures(NamedTuple):
     growth: list[Series]
     many: list[Series]
     commands: list[Command]
+    questions: list[questions.Question]
 
     def bounds(self) -> Iterator[Bound]:
         """Give the ratios that are to be held."""
@@ -170,6 +173,8 @@ class Figures(NamedTuple):
                     empty.least * 1e3,
                     command.at_most,
                 )
+        for each in self.questions:
+            yield Bound(each.what, each.us, each.against_us, each.least_us, each.against_least_us, each.at_most)
 
 
 def _bounds_of(one: Series) -> Iterator[Bound]:
@@ -380,8 +385,9 @@ def command_times(place: Path, target: Path, folders: Sequence[Path], *, quick: 
 def table(figures: Figures) -> Iterator[str]:
     yield "A swap of an erofs image over base, tuckctl beside the bare system calls: medians in microseconds."
     yield ""
-    yield f"{'other namespaces':<16}" + "".join(f"{one.title:>30}" for one in figures.series)
-    yield from _beside(figures.series, ROWS)
+    if figures.series:
+        yield f"{'other namespaces':<16}" + "".join(f"{one.title:>30}" for one in figures.series)
+        yield from _beside(figures.series, ROWS)
     if figures.growth:
         yield ""
         yield f"The same with other numbers of mounts in each of {figures.growth[0].namespaces:,} namespaces."
@@ -397,11 +403,11 @@ def table(figures: Figures) -> Iterator[str]:
     if bounds:
         yield ""
         heads = f"{'tuckctl':>10}{'against':>10}{'ratio':>7}"
-        yield f"{'Ratios that are to be held: of the medians, of the shortest rounds':<74}{heads * 2}{'at most':>9}"
+        yield f"{'Ratios that are to be held: of the medians, of the shortest rounds':<88}{heads * 2}{'at most':>9}"
         yield ""
         for bound in bounds:
             yield (
-                f"{bound.what:<74}{_figure(bound.figure_us)}{_figure(bound.against_us)}{bound.ratio:>7.2f}"
+                f"{bound.what:<88}{_figure(bound.figure_us)}{_figure(bound.against_us)}{bound.ratio:>7.2f}"
                 f"{_figure(bound.least_us)}{_figure(bound.least_against_us)}{bound.least:>7.2f}"
                 f"{bound.at_most:>9.1f}{'' if bound.is_held else '  above'}"
             )
@@ -440,6 +446,8 @@ class Counts(NamedTuple):
     mounts: Sequence[int]
     growth_namespaces: int
     many: Sequence[int]
+    processes: int
+    receivers: int
     quick: bool
 
 
@@ -517,12 +525,25 @@ def run(place: Path, counts: Counts) -> Figures:
         series += [measure(ground, count, kind="undone", quick=quick) for count in counts.undone]
         many += [measure(ground, count, quick=quick) for count in counts.many]
         commands = command_times(place, targets[0], [place / "tree-a", place / "tree-b"], quick=quick)
+        asked = ask(ground, counts)
         for mounts in counts.mounts[len(small) :]:
             ground.fill(mounts)
             growth.append(measure(ground, counts.growth_namespaces, quick=quick))
     for target in targets:
         umount2(os.fsencode(target), Umount.DETACH)
-    return Figures(series, growth, many, commands)
+    return Figures(series, growth, many, commands, asked)
+
+
+def ask(ground: Ground, counts: Counts) -> list[questions.Question]:
+    """Time the questions; nothing but the target has been swapped meanwhile."""
+    asked, target = [], ground.target
+    if counts.processes:
+        rounds = 1 if counts.quick else 5
+        asked += questions.holders(ground.program, target, ground.images, counts.processes, rounds=rounds)
+    if counts.receivers:
+        swap(target, ground.images[0])
+        asked.append(questions.status(ground.program, target, counts.receivers, rounds=2 if counts.quick else 15))
+    return asked
 
 
 def document_of(figures: Figures) -> dict[str, Any]:
@@ -539,6 +560,7 @@ def document_of(figures: Figures) -> dict[str, Any]:
         "many": [told(one) for one in figures.many],
         "bounds": [bound._asdict() | {"ratio": bound.ratio, "least": bound.least} for bound in figures.bounds()],
         "commands": [command._asdict() for command in figures.commands],
+        "questions": [question._asdict() for question in figures.questions],
     }
 
 
@@ -594,6 +616,8 @@ def main() -> None:
     )
     parser.add_argument("--growth-namespaces", type=int, default=GROWTH_NAMESPACES, help="how many those are")
     parser.add_argument("--many", type=numbers, default="100,5000", help="between which numbers to compare the growth")
+    parser.add_argument("--processes", type=int, default=2000, help="how many holders looks through, 0 for no such row")
+    parser.add_argument("--receivers", type=int, default=1000, help="how many status tells of, 0 for no such row")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
     options = parser.parse_args()
     if os.geteuid() != 0:
@@ -607,6 +631,8 @@ def main() -> None:
         sorted(options.mounts),
         options.growth_namespaces,
         options.many,
+        options.processes,
+        options.receivers,
         options.quick,
     )
     try:

@@ -27,18 +27,22 @@ PHASES = [
     "total",
 ]
 SERIES = [(1, "peer"), (10, "peer"), (20, "private"), (10, "undone")]
-FEW = "--namespaces 1,10 --private 20 --undone 10 --mounts 10,60 --growth-namespaces 10 --many 5,20"
+FEW = (
+    "--namespaces 1,10 --private 20 --undone 10 --mounts 10,60 --growth-namespaces 10 --many 5,20"
+    " --processes 20 --receivers 10"
+)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting an image needs root")
 def test_the_benchmark_prints_every_phase_beside_the_bare_calls(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     done = subprocess.run(
-        [sys.executable, ROOT / "tests/bench/run.py", "--quick", *FEW.split(), "--json", figures],
+        [sys.executable, "-m", "tests.bench.run", "--quick", *FEW.split(), "--json", figures],
         capture_output=True,
         text=True,
         check=False,
         timeout=200,
+        cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -52,3 +56,10 @@ def test_the_benchmark_prints_every_phase_beside_the_bare_calls(tmp_path: Path) 
     for series in document["series"]:
         assert [row["phase"] for row in series["rows"]] == [*PHASES, "both looks", "the moment", "the floor"]
         assert series["receivers"] == (series["namespaces"] + 1 if series["kind"] != "undone" else 0)
+    assert [(each["what"].split(",")[0], each["found"]) for each in document["questions"]] == [
+        ("holders", 1),
+        ("tuckctl holders", 1),
+        ("holders", 20),
+        ("tuckctl holders", 20),
+        ("status", 10),
+    ]
