@@ -21,10 +21,8 @@ needs_images = pytest.mark.skipif(
     not (shutil.which("mksquashfs") and shutil.which("mkfs.erofs")), reason="mksquashfs or mkfs.erofs is missing"
 )
 SEED = int(os.environ.get("TUCKCTL_FAULTS_SEED", str(random.SystemRandom().randrange(1 << 32))))
-# A call has one way to be killed at, and several errors. Of a recovery, there is one walk for each place at which a
-# swap was cut short; after most points of a detach, the scene is made anew.
-FRACTIONS = {How.KILL: 0.1, How.SIGNAL: 0.05, How.FAIL: 0.05}
-OF = {"recover": 0.2, "detach": 0.5, "boot": 0.25, "two": 0.25}
+# Of the points at which a command is killed, a tenth; the others are many: each call has several errors.
+FRACTIONS = {How.KILL: 0.1, How.SIGNAL: 0.01, How.FAIL: 0.01}
 PARAMETERS: dict[How, tuple[str, ...]] = {How.KILL: (), How.SIGNAL: ("SIGTERM", "SIGINT"), How.FAIL: ()}
 
 
@@ -42,10 +40,9 @@ def test_at_any_system_call_it_leaves_one_whole_generation(
     name: str, how: How, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = []
-    fraction = FRACTIONS[how] * OF.get(name, 1)
     with walks([name]) as each:
         for one in each:
-            orders = sampled(one.points([(how, PARAMETERS[how])]), fraction, SEED)
+            orders = sampled(one.points([(how, PARAMETERS[how])]), FRACTIONS[how], SEED)
             progress = Progress(one, len(orders), quiet=True)
             outcomes = one.run(orders, progress.tell)
             wrong += [f"{one}, {outcome.order}: {text}" for outcome in outcomes for text in outcome.wrong]
