@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TUCKCTL_MUST_WORK=1 turns every skipped test into a failed one: nothing may go untested unseen."""
+"""TUCKCTL_MUST_WORK=1 turns every skipped test into a failed one: nothing may go untested unseen.
+
+With --tuck-method, everything that is swapped without naming a method of its own is swapped in that way.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,24 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+import tuckctl.cli.app
+import tuckctl.commands
+
 if TYPE_CHECKING:
     from collections.abc import Generator
 
 MUST_WORK = os.environ.get("TUCKCTL_MUST_WORK") == "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tuck-method", choices=("auto", "beneath", "peer"), default="auto")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["TUCKCTL_TEST_TUCK_METHOD"] = config.getoption("--tuck-method")
+    for command in (tuckctl.commands, tuckctl.cli.app):
+        for function in (command.swap, command.rollback):
+            (function.__kwdefaults__ or {})["tuck_method"] = config.getoption("--tuck-method")
 
 
 def _refuse_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -156,13 +156,21 @@ class Carriage:
                 mount_setattr(onto, propagation=Propagation.PRIVATE)
                 attach(item.clone, onto, item.place)
 
-    def attach_alone(self, new: Fd, *, parent_shared: bool) -> None:
-        """Attach to the tucked new, here only, the submounts that are not shared."""
+    @property
+    def is_alone_on_shared(self) -> bool:
+        """Whether one of them must not come to other namespaces, and lies on one that is to."""
+        return any(not item.shared and item.parent is not None and item.parent.peer_group for item in self.carried)
+
+    def attach_alone(self, new: Fd, *, parent_shared: bool, shared_with_none: bool = False) -> None:
+        """Attach to the tucked new, here only, the submounts that are not shared.
+
+        Where new is `shared_with_none` but the mount that shows it here, it need not leave its group for that.
+        """
         for item in self.carried:
             if item.shared or item.onto_alone or not parent_shared:
                 continue
             onto = self._onto(item, new)
-            if not look(mount_id(onto)).peer_group:
+            if shared_with_none or not look(mount_id(onto)).peer_group:
                 attach(item.clone, onto, item.place)
             else:
                 _attach_alone(item, onto)

@@ -25,6 +25,7 @@ _Path = TypeVar("_Path", str, bytes, "os.PathLike[str]", "os.PathLike[bytes]", S
 """A mapping does not take other keys than those that it is declared with."""
 Busy = Literal["lazy", "wait", "fail"]
 Receivers = Literal["converge", "require", "report"]
+TuckMethod = Literal["auto", "beneath", "peer"]
 
 
 @overload
@@ -44,6 +45,7 @@ def swap(
     except_: Sequence[str] = ...,
     namespace: StrPath | int | None = ...,
     recover: bool = ...,
+    tuck_method: TuckMethod = ...,
     progress: Progress | None = ...,
 ) -> TransactionResult: ...
 @overload
@@ -62,6 +64,7 @@ def swap(
     except_: Sequence[str] = ...,
     namespace: StrPath | int | None = ...,
     recover: bool = ...,
+    tuck_method: TuckMethod = ...,
     progress: Progress | None = ...,
 ) -> TransactionResult: ...
 def swap(
@@ -80,6 +83,7 @@ def swap(
     except_: Sequence[str] = (),
     namespace: StrPath | int | None = None,
     recover: bool = False,
+    tuck_method: TuckMethod = "auto",
     progress: Progress | None = None,
 ) -> TransactionResult:
     """Replace a target's content by images over base, with no moment in which anything else is seen.
@@ -106,6 +110,8 @@ def swap(
         namespace: act in the mount namespace of this pid, or of this nsfs file: every path, but
             the working directory, is taken there.
         recover: put an interrupted transaction on the target in order first.
+        tuck_method: put new beneath old by MOVE_MOUNT_BENEATH (Linux 6.5), or by propagation from a peer
+            of the mount around the target; "auto" takes the first that the kernel has.
         progress: is told (what, bytes done, bytes in all) of long work.
 
     Raises:
@@ -145,6 +151,7 @@ def swap(
         receivers=receivers,
         excepted=tuple(except_),
         recover=recover,
+        tuck_method=tuck_method,
         progress=progress,
     )
     asked = [
@@ -164,6 +171,7 @@ def rollback(
     except_: Sequence[str] = (),
     namespace: StrPath | int | None = None,
     recover: bool = False,
+    tuck_method: TuckMethod = "auto",
     progress: Progress | None = None,
 ) -> TransactionResult:
     """Bring back the generation that was live before, or generation `to`, in the same way as a swap."""
@@ -177,6 +185,7 @@ def rollback(
         receivers=receivers,
         excepted=tuple(except_),
         recover=recover,
+        tuck_method=tuck_method,
         progress=progress,
     )
     return transaction.rollback(os.fsencode(target), request, namespace=_space(namespace))

@@ -192,6 +192,7 @@ class Convergence:
         """Those beneath whose mounts new lies, and who use them, by the ids of their mounts."""
         self._is_placing = False
         self._known: New | None = None
+        self._ids: tuple[int, int] | None = None
         self.doubted: tuple[Match, ...] = ()
         """Who may show what is replaced, or the same on another account: nobody may touch them."""
         self._doubted = {mount.id for content in left for mount in content.mounts if not mount.point}
@@ -245,12 +246,16 @@ class Convergence:
     def _look_at_new(self) -> New:
         """Look at new as it is now; its propagation changes on the way."""
         if self._base is not None:
-            self._known = New(self._base, self._fd, is_base=True)
+            self._known = New(self._base, self._fd, self._base.id, is_base=True)
         else:
-            facts = look(mount_id(self._fd))
+            identity, first = self._ids or (mount_id(self._fd),) * 2
             whole = self._known.whole if self._known else self._stack.enter_context(open_tree(self._fd, clone=True))
-            self._known = New(facts, whole)
+            self._known = New(look(identity), whole, first)
         return self._known
+
+    def identify(self, new: int, first: int) -> None:
+        """Take the id of the mount that shows new here, and one that no other that does is below."""
+        self._ids = new, first
 
     def recall(self, aside: Iterable[Mounted], brought: Iterable[Mounted]) -> None:
         """Take what an interrupted transaction told: who was set aside, as they were, and what it put in places."""
@@ -347,7 +352,7 @@ class Convergence:
         what is put beneath one of those would go with old. Raises UndoneError where one cannot be brought; `reasons`
         tell why.
         """
-        if self._base is None and not look(mount_id(self._fd)).peer_group:
+        if self._base is None and not self._look_at_new().facts.peer_group:
             mount_setattr(self._fd, propagation=Propagation.SHARED)
         new = self._look_at_new()
         stale = self._swept(stale)

@@ -9,17 +9,26 @@ import itertools
 import os
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tuckctl import stop
 from tuckctl.aside import shielded
 from tuckctl.bystanders import around_of, strangers
-from tuckctl.errors import FailedError, IncompleteError, KernelError, RefusedError, TuckError, UndoneError
+from tuckctl.errors import (
+    FailedError,
+    IncompleteError,
+    KernelError,
+    RefusedError,
+    TuckError,
+    UndoneError,
+    UnsupportedError,
+)
 from tuckctl.frozen import frozen
 from tuckctl.holding import Seat
 from tuckctl.holding import find as find_holders
 from tuckctl.kernel.fd import Fd
-from tuckctl.kernel.flags import AT_FDCWD, Propagation, Resolve, Umount
+from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Resolve, Umount
 from tuckctl.kernel.syscalls import (
     Match,
     attach,
@@ -33,10 +42,11 @@ from tuckctl.kernel.syscalls import (
     open_tree,
     openat2,
     quoted,
+    setns,
     show,
     umount2,
 )
-from tuckctl.kernel.threads import in_copy
+from tuckctl.kernel.threads import in_copy, on_thread
 from tuckctl.locks import alone_on
 from tuckctl.loosening import carriers
 from tuckctl.plan import refuse_bound_onto_itself
@@ -53,6 +63,7 @@ from tuckctl.receivers import (
     reason_of,
 )
 from tuckctl.removal import Leaving, busy_error, detach, remove, remove_in_turn, remove_together
+from tuckctl.spaces import in_spaces, insist, reach, relative, walk
 from tuckctl.target import Content, children, look
 
 if TYPE_CHECKING:
@@ -63,6 +74,7 @@ if TYPE_CHECKING:
     from tuckctl.journal import Journal
     from tuckctl.kernel.syscalls import Mount
     from tuckctl.selection import Selection
+    from tuckctl.switchboard import Switchboard
     from tuckctl.target import Target
 
 _SECOND_LOOKS = (0.003, 0.01, 0.03)
@@ -124,6 +136,23 @@ def _explain(error: KernelError, target: Target) -> FailedError | RefusedError |
     return error
 
 
+def _no_way(target: Target, why: str) -> UnsupportedError:
+    return UnsupportedError(
+        "no-way-to-tuck",
+        f"{show(target.path)}: {why}",
+        "--tuck-method beneath does it, on a kernel that has MOVE_MOUNT_BENEATH (Linux 6.5)",
+    )
+
+
+def _make_like(match: Match, space: Fd, like: Fd | None) -> None:
+    setns(space, Clone.NEWNS)
+    mount = look(match.mount_id)
+    with insist(partial(reach, mount.point, mount.id)) as root:
+        mount_setattr(root, propagation=Propagation.PRIVATE)
+        if like is not None:
+            move_mount_set_group(like, root)
+
+
 class Exchange:
     """One target's exchange: its facts before, and new's identity."""
 
@@ -151,6 +180,8 @@ class Exchange:
         self.old = old
         self.new = new
         self.new_id = mount_id(new)
+        self.first_id = self.new_id
+        """An id such that no mount that shows new has a lower one."""
         self.carriage = carriage
         self.base = (
             target.stack[-2] if old is not None and len(target.stack) > 1 else target.top if old is None else None
@@ -168,6 +199,14 @@ class Exchange:
         """The namespaces in which a first overlay lies over mounts of their own."""
         self.others: Fd | None = None
         """What other namespaces get in place of new, where new carries what is only for this one."""
+        self.method = "auto"
+        """How new is to be tucked: by the flag, by propagation from an uncovered peer, or as the kernel allows."""
+        self.note_peer: Callable[[Mount], None] = lambda _: None
+        """Is told that the tuck is about to be made from an uncovered peer, and of new as it is there."""
+        self._board: Switchboard | None = None
+        self._is_by_peer = False
+        self._brought: Mount | None = None
+        """What was brought by an uncovered peer, as it was there."""
 
     @property
     def parent_shared(self) -> bool:
@@ -186,24 +225,144 @@ class Exchange:
                 break
         raise busy_error(self.target, self._covered)
 
-    def tuck(self, excepted: Selection) -> None:
+    def tuck(self, excepted: Selection, board: Switchboard) -> None:
         """Put new beneath old; on a bare directory or filesystem on top, which shows it at once.
 
-        Then it does not go to the excepted.
+        Then it does not go to the excepted. Raises UnsupportedError where it cannot be done in that way.
         """
+        self._board = board
         with alone_on(self.parent.point), shielded(around_of(self.target, excepted) if self.old is None else ()):
             try:
                 if self.others is not None:
                     self._place_apart(self.others)
                     return
-                move_mount(self.new, self.target.parent, self.target.name, beneath=self.old is not None)
+                if self.old is None:
+                    move_mount(self.new, self.target.parent, self.target.name)
+                elif self.method == "peer" or not self._is_tucked_by_flag():
+                    self._tuck_by_peer(board)
             except KernelError as error:
                 raise _explain(error, self.target) from error
         if self.old is None:
             self._attach_alone()
 
+    def _is_tucked_by_flag(self) -> bool:
+        """Put new beneath old by MOVE_MOUNT_BENEATH; say whether this kernel has that."""
+        try:
+            move_mount(self.new, self.target.parent, self.target.name, beneath=True)
+        except KernelError as error:
+            if error.errno != errno.EINVAL or self.method == "beneath":
+                raise
+            from tuckctl.kernel.probe import has  # noqa: PLC0415 - for old kernels only
+
+            if has("beneath"):
+                raise
+            return False
+        return True
+
+    def _tuck_by_peer(self, board: Switchboard) -> None:
+        """Put a clone of new beneath old by propagation, from a peer of the mount on which it is to lie."""
+        alone = self.parent_shared and self.carriage.alone
+        if alone and (self.base is not None or self.carriage.is_alone_on_shared):
+            raise _no_way(self.target, "a private mount on a shared one in it cannot be carried over in this way")
+        if not self.can_undo:
+            raise _no_way(self.target, "a private filesystem on it lies under the content, where nothing leads to it")
+        mount_setattr(self.new, propagation=Propagation.SHARED, recursive=True)
+        self._is_by_peer = True
+        if alone:
+            self._tuck_apart(board)
+        else:
+            with self._parent_shared(), self._uncovered(board) as member:
+                self._bring_by_peer(board, member)
+        around = self.target.refreshed().stack
+        above = next((number for number, mount in enumerate(around) if self.old and mount.id == self.old.id), 0)
+        if above and around[above - 1].id > self.first_id:
+            self.new_id = around[above - 1].id
+
+    def _bring_by_peer(self, board: Switchboard, member: Fd) -> None:
+        with open_tree(self.new, clone=True, recursive=True) as clone:
+            place = b"" if self.base is not None else self.target.name
+            on_thread(partial(board.tuck, clone, member, place, self._note_brought))
+
+    def _note_brought(self, mount: Mount) -> None:
+        self._brought = mount
+        self.note_peer(mount)
+
+    def _tuck_apart(self, board: Switchboard) -> None:
+        """Put new beneath old here, and what must not come to others on it; and after that beneath old elsewhere.
+
+        The mount around the target leaves its peer group for these few calls.
+        """
+        with self._parent_root() as root, open_tree(root, clone=True) as stand_in:
+            self.note(self.parent)
+            mount_setattr(root, propagation=Propagation.PRIVATE)
+            try:
+                mount_setattr(root, propagation=Propagation.SHARED)
+                group = look(self.parent.id).peer_group
+                with open_tree(self.target.parent, clone=True) as member:
+                    self._bring_by_peer(board, member)
+                with open_tree(self.new, clone=True) as bare:
+                    self.carriage.attach_alone(self.new, parent_shared=True, shared_with_none=True)
+                    place = relative(self.target.path, self.parent.point)
+                    with open_tree(stand_in, clone=True) as member:
+                        on_thread(partial(board.tuck, bare, member, place, self._note_brought))
+            finally:
+                mount_setattr(root, propagation=Propagation.PRIVATE)
+                move_mount_set_group(stand_in, root)
+                self._part(group, stand_in)
+
+    def _uncovered(self, board: Switchboard) -> Fd:
+        """Clone the mount on which new comes to lie, as one of its peers, on which nothing lies at the target."""
+        if self.base is None:
+            return open_tree(self.target.parent, clone=True)
+        with open_tree(self.target.parent, clone=True, recursive=True) as tree:
+            return on_thread(partial(board.uncovered, tree, self.target.name, self.base.peer_group))
+
+    @contextlib.contextmanager
+    def _parent_shared(self) -> Iterator[None]:
+        """Have the mount on which new comes to lie shared for a block.
+
+        A namespace that is born meanwhile gets a peer of it: that leaves the group, with what came to it.
+        """
+        if self.parent_shared:
+            yield
+            return
+        with self._parent_root() as root, contextlib.ExitStack() as stack:
+            with contextlib.suppress(TuckError):
+                self.note(self.parent)
+            slave = stack.enter_context(open_tree(root, clone=True)) if self.parent.master else None
+            mount_setattr(root, propagation=Propagation.SHARED)
+            group = look(self.parent.id).peer_group
+            try:
+                yield
+            finally:
+                if slave is None:
+                    mount_setattr(root, propagation=self.parent.propagation)
+                else:
+                    mount_setattr(root, propagation=Propagation.PRIVATE)
+                    move_mount_set_group(slave, root)
+                self._part(group, slave)
+
+    def _part(self, group: int, like: Fd | None) -> None:
+        """Give what is left in a peer group, which was for the moment, the relations of `like`, or none.
+
+        Those are copies of the parent in namespaces that were born meanwhile. What they were brought is taken out.
+        """
+        brought = self._brought
+        devices = [self.parent.device, *([brought.device] if brought is not None else [])]
+        matches = observe(devices).matches
+        for match, space in in_spaces([match for match in matches if match.peer_group == group]):
+            with contextlib.suppress(KernelError):
+                on_thread(partial(_make_like, match, space, like))
+            came = (each for each in matches if brought is not None and each.device == brought.device)
+            for each in came:
+                if each.parent_id == match.mount_id and self._board is not None and each.mount_id > self.first_id:
+                    with contextlib.suppress(KernelError):
+                        on_thread(partial(self._board.take_out, each.mount_id, space))
+
     def _attach_alone(self) -> None:
         """Attach what must not come to others: for that, new leaves its group for the moment."""
+        if self._is_by_peer:
+            return
         if self.carriage.alone and self.parent_shared:
             self.note(look(self.new_id))
         self.carriage.attach_alone(self.new, parent_shared=self.parent_shared)
@@ -243,10 +402,10 @@ class Exchange:
         covered = [self.old.device] if self.old else ()
         sight = self._sight = observe(devices, self.earlier, covered=covered, shown=shown)
         # Others may mount the same directory, or something of the same filesystem, at that very moment.
-        mine = {match.mount_id for match in copies_of(sight, new) if match.mount_id >= self.new_id}
+        mine = {match.mount_id for match in copies_of(sight, new) if match.mount_id >= self.first_id}
         fresh = Sight(tuple(m for m in sight.matches if m.mount_id in mine or m.device != new.device), sight.unseen)
         old = copies_of(sight, self.old, self._live) if self.old else ()
-        convergence.doubt(doubtful(sight, self.old, old, before=self.new_id) if self.old else ())
+        convergence.doubt(doubtful(sight, self.old, old, before=self.first_id) if self.old else ())
         found = arrival(fresh, old, new.device)
         if self.old is not None:
             common = self.carriage.common(parent_shared=self.parent_shared)
@@ -286,7 +445,7 @@ class Exchange:
         if not self.left:
             return ()
         sight = observe([content.device for content in self.left])
-        earlier = [match for match in sight.matches if match.mount_id < self.new_id]
+        earlier = [match for match in sight.matches if match.mount_id < self.first_id]
         mine = copies_of(sight, self.old, self._live) if self.old is not None else ()
         return left_behind(replace(sight, matches=tuple(earlier)), self.left, self.target.path, but=mine)
 
@@ -305,7 +464,7 @@ class Exchange:
         if self.old is None:
             msg = "nothing lies on new"
             raise ValueError(msg)
-        return Leaving(self.target, self.old, self._below, found.follow, self._covered, self.new)
+        return Leaving(self.target, self.old, self._below, found.follow, self._covered, self.new, self.new_id)
 
     @property
     def is_revealed(self) -> bool:
@@ -347,11 +506,11 @@ class Exchange:
         devices = [new.device, *([self.old.device] if self.old else []), *(content.device for content in self.left)]
         shown: list[Mount | Content] = [new, *([self.old] if self.old else []), *self.left]
         sight = observe(devices, 0 if self.left else self.earlier, known=self._sight, shown=shown)
-        receivers = tuple(match for match in copies_of(sight, new, brought=brought) if match.mount_id >= self.new_id)
+        receivers = tuple(match for match in copies_of(sight, new, brought=brought) if match.mount_id >= self.first_id)
         # A directory, or a part of it, may follow itself: what is new has the same superblock then.
         mine = {match.mount_id for match in receivers}
         before = copies_of(sight, self.old, self._live) if self.old else ()
-        before += doubtful(sight, self.old, before, before=self.new_id) if self.old else ()
+        before += doubtful(sight, self.old, before, before=self.first_id) if self.old else ()
         stale = tuple(match for match in before if match.mount_id not in mine)
         stale += left_behind(sight, self.left, self.target.path, but=(*receivers, *stale))
         return on_top(receivers, stale), stale, sight.unseen
@@ -361,12 +520,46 @@ class Exchange:
         if self.old is None:
             return
         wanted = self.old.propagation & (Propagation.PRIVATE | Propagation.UNBINDABLE)
-        if wanted and not self.old.master:
-            mount_setattr(self.new, propagation=wanted)
-        elif self.old.peer_group and not self.parent_shared:
-            mount_setattr(self.new, propagation=Propagation.SHARED)
-        elif not self.parent_shared and look(self.new_id).peer_group:
-            mount_setattr(self.new, propagation=Propagation.PRIVATE)
+        group = look(self.new_id).peer_group
+        with self._shown() as shown:
+            if wanted and not self.old.master:
+                mount_setattr(shown, propagation=wanted)
+            elif self.old.peer_group and not self.parent_shared:
+                mount_setattr(shown, propagation=Propagation.SHARED)
+            elif not self.parent_shared and look(self.new_id).peer_group:
+                mount_setattr(shown, propagation=Propagation.PRIVATE)
+        if self._is_by_peer:
+            self._part_submounts()
+            if not self.parent_shared:
+                self._part_others(group, look(self.new_id).device)
+
+    @contextlib.contextmanager
+    def _shown(self) -> Iterator[Fd]:
+        """Open the root of new as it is seen here."""
+        if not self._is_by_peer:
+            yield self.new
+            return
+        with openat2(self.target.parent, self.target.name, os.O_PATH, Resolve.NO_SYMLINKS) as shown:
+            if mount_id(shown) != self.new_id:
+                raise KernelError("openat2", show(self.target.path), errno.ESTALE)
+            yield shown
+
+    def _part_submounts(self) -> None:
+        """Make those submounts private again that had to be shared to come beneath old."""
+        for mount in self._below:
+            if not mount.peer_group:
+                name = os.path.join(self.target.name, relative(mount.point, self.target.path))
+                with insist(partial(walk, self.target.parent, name)) as root:
+                    group = look(mount_id(root)).peer_group
+                    mount_setattr(root, propagation=Propagation.SLAVE if mount.master else Propagation.PRIVATE)
+                if not self.parent_shared:
+                    self._part_others(group, mount.device)
+
+    def _part_others(self, group: int, device: tuple[int, int]) -> None:
+        """Make private what was copied into namespaces that were born while it was shared."""
+        for match, space in in_spaces([m for m in observe([device]).matches if group and m.peer_group == group]):
+            with contextlib.suppress(KernelError):
+                on_thread(partial(_make_like, match, space, None))
 
     def back_out(self) -> bool:
         """Bring back what was there before, with nothing exposed. Returns False when new is revealed already.
@@ -425,6 +618,15 @@ class Exchange:
         the parent, and wherever old lies on a copy of new the kernel re-seats it (umount propagation,
         fs/pnode.c). The way in is the descriptor on new, whose counterpart is the copy's working directory.
         """
+        if self._is_by_peer and self._board is not None:
+            with (
+                open_tree(self.new, clone=True, recursive=True) as clone,
+                self._parent_shared(),
+                self._uncovered(self._board) as member,
+            ):
+                place = b"" if self.base is not None else self.target.name
+                on_thread(partial(self._board.untuck, clone, member, place))
+            return
         is_covered = self.old is not None and self.target.top_id() != self.old.id
 
         def take_out() -> None:
@@ -500,6 +702,8 @@ class Part:
     found: Arrival = NOBODY
     replaced: tuple[int, ...] = ()
     """The ids of the mounts that were taken off and that someone may still use."""
+    identify: Callable[[], None] = lambda: None
+    """Is called when the id of new is known."""
 
 
 class HalfwayError(Exception):
@@ -566,6 +770,7 @@ def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None])
     """Have everything that is to be seen in its place; what is seen as soon as it is there comes last."""
     for part in parts:
         part.exchange.note, part.exchange.step = part.journal.changing, part.journal.step
+        part.exchange.note_peer = part.journal.tucking_by_peer
         part.journal.step("tuck")
     unseen = [part for part in parts if part.exchange.old is not None]
     for wave in (unseen, [part for part in reversed(parts) if part.exchange.old is None]):
@@ -573,7 +778,9 @@ def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None])
             continue
         enter("tuck")
         for part in wave:
-            part.exchange.tuck(part.convergence.excepted)
+            part.exchange.tuck(part.convergence.excepted, part.convergence.board)
+            part.convergence.identify(part.exchange.new_id, part.exchange.first_id)
+            part.identify()
         enter("verify")
         for part in wave:
             part.found = part.exchange.verify_tucked(part.convergence)

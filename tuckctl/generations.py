@@ -73,6 +73,8 @@ class Current:
     boot_id: str
     namespace: int
     mount_id: int
+    first_id: int = 0
+    """An id such that no mount that shows it has a lower one; 0 where that is the mount's own."""
 
 
 def boot_id() -> str:
@@ -230,6 +232,7 @@ class Records:
                 _typed(found, "boot_id", str),
                 _count(found, "namespace", least=0),
                 _count(found, "mount_id", least=0),
+                _count(found, "first_id", least=0) if "first_id" in found else 0,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged("current.json", error) from error

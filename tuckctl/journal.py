@@ -104,11 +104,29 @@ class Entry:
     new_content: Content | None = None
     fstype: str = ""
     """The type of old's filesystem."""
+    method: str = "beneath"
+    """How new was tucked. By a "peer", the mount that shows it is a copy, whose id could not be told before."""
+    by_peer: Content | None = None
+    """What came that way, or was about to."""
+    back_by_peer: Content | None = None
+    """The same, on the way back."""
+    first: int = 0
+    """The id that was told of new, where another mount shows it: no mount that does has a lower one."""
 
     def turned(self) -> Entry:
         """Return what was to happen on the way back."""
         new = replace(self.old, id=self.new, namespace_id=self.old.namespace_id)
-        return replace(self, old=new, content=self.new_content, new=self.back)
+        return replace(self, old=new, content=self.new_content, new=self.back, first=0)
+
+    @property
+    def first_id(self) -> int:
+        """An id such that no mount that shows new has a lower one."""
+        return self.first or self.new
+
+    def found_in(self, stack: Sequence[Mount]) -> Entry:
+        """Return it with the ids of the mounts that came from an uncovered peer, as far as they are at the target."""
+        new, back = _come(stack, self.new, self.by_peer), _come(stack, self.back, self.back_by_peer)
+        return replace(self, new=new, back=back, first=self.first_id)
 
     def as_mount(self) -> Mount:
         """Return old as far as it is known: its content, flags and relations, wherever it is now."""
@@ -136,6 +154,15 @@ class Entry:
     def reached(self, step: str) -> bool:
         """Whether a step may have been taken."""
         return step in self.steps
+
+
+def _come(stack: Sequence[Mount], identity: int, content: Content | None) -> int:
+    """Return the id of the lowest mount in a stack that is newer than a given one and shows some content."""
+    if content is None:
+        return identity
+    shown = (content.device, content.root, content.source)
+    came = (m.id for m in stack if m.id > identity and (m.device, m.root, m.source) == shown)
+    return next(came, identity)
 
 
 def mounted(mount: Mount | Match, identity: int, namespace_id: int) -> dict[str, Any]:
@@ -239,6 +266,10 @@ class Journal:
     def changing(self, mount: Mount) -> None:
         """Write that a mount's propagation is about to be changed for the moment. Raises TuckError."""
         self._append({"changing": mounted(mount, mount.id, mount.namespace_id)})
+
+    def tucking_by_peer(self, new: Mount) -> None:
+        """Write that the tuck is about to be made from an uncovered peer, and what comes by it. Raises TuckError."""
+        self._append({"method": "peer", "shown": whole(new)})
 
     def going_back(self, identity: int, new: Mount) -> None:
         """Write that a mount of the content before is about to be put back in the place of new. Raises TuckError."""
@@ -374,6 +405,11 @@ def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
             mount = _mounted(each)
             aside.setdefault(mount.id, mount)
     back = next((line["back"] for line in reversed(rest) if "back" in line), None)
+    turn = next((number for number, line in enumerate(rest) if "back" in line), len(rest))
+    by_peer, back_by_peer = (
+        next((_content(line["shown"]) for line in part if line.get("method") == "peer"), None)
+        for part in (rest[:turn], rest[turn:])
+    )
     return Entry(
         os.fsencode(first["target"]),
         str(first["transaction"]),
@@ -395,4 +431,7 @@ def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
         unsigned(back["id"]) if back is not None else 0,
         _content(back) if back is not None else None,
         str(first["old"].get("fstype", "")),
+        "peer" if by_peer is not None or back_by_peer is not None else "beneath",
+        by_peer,
+        back_by_peer,
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BUSY = ("lazy", "wait", "fail")
 RECEIVERS = ("converge", "require", "report")
+TUCK_METHODS = ("auto", "beneath", "peer")
 
 # What an overlay lacks for ever when its maker lacks it (overlayfs document, permission model);
 # bit numbers of linux/capability.h.

@@ -73,7 +73,7 @@ def find(scene: Scene, places: Places) -> Entry | None:
     journal = Journal(places.of(scene.target.path))
     entry = journal.read()
     if entry is not None and (entry.boot_id, entry.namespace) == (scene.boot_id, scene.namespace):
-        return entry
+        return entry.found_in(scene.target.stack)
     journal.end()
     return _seen(scene)
 
@@ -206,7 +206,7 @@ class _Recovery:
                     for match, space in in_spaces(others):
                         on_thread(partial(self._lay_bare, board, match, space, device))
                 every = copies_of(sight, look(mine)) if mine in self.ids else ()
-                copies = [match for match in every if match.mount_id > mine]
+                copies = [match for match in every if match.mount_id >= self.entry.first_id and match.mount_id != mine]
                 for match, space in in_spaces(copies):
                     on_thread(partial(_take_out, board, match.mount_id, space, match.owner))
             if mine in self.ids and mine != self.top:
@@ -226,7 +226,7 @@ class _Recovery:
             return
         beneath = []
         below = look(mount.parent_id)
-        while below.source == BLANK or (below.device == device and below.id >= self.entry.new):
+        while below.source == BLANK or (below.device == device and below.id >= self.entry.first_id):
             beneath.append(below.id)
             below = look(below.parent_id)
         for identity in reversed(beneath):
@@ -311,7 +311,7 @@ class _Recovery:
                 sight = observe([each.device for each in sought], shown=sought)
                 brought = {*convergence.converged, *(mount.id for mount in entry.brought)}
                 present = copies_of(sight, shown, before.live, brought=brought)
-                present = tuple(match for match in present if match.mount_id >= shown.id)
+                present = tuple(match for match in present if match.mount_id >= entry.first_id)
                 # What old's device number is by now, is not known.
                 earlier = left_behind(sight, [*known, *left], target.path, but=present)
                 return on_top(present, earlier), earlier, sight.unseen
@@ -329,6 +329,7 @@ class _Recovery:
                     journal=self.journal,
                 )
             )
+            convergence.identify(entry.new, entry.first_id)
             convergence.recall(entry.aside, entry.brought)
             convergence.know(before.slaves, before.peers, before.remnants)
             revealed = converge(
@@ -555,7 +556,9 @@ def _record_done(scene: Scene, entry: Entry) -> None:
     generation = scene.records.get(entry.generation)
     if generation is not None and not generation.adopted and generation.outcome != "swapped":
         scene.records.write(replace(generation, outcome="swapped"))
-    current = Current(entry.generation, entry.previous, entry.boot_id, entry.namespace, entry.new)
+    current = Current(
+        entry.generation, entry.previous, entry.boot_id, entry.namespace, entry.new, min(entry.first_id, entry.new)
+    )
     if scene.records.current() != current:
         with scene.records.draft_current(current) as draft:
             draft.publish()

@@ -33,12 +33,14 @@ class New:
 
     facts: Mount
     whole: Fd
+    first: int
+    """No mount that shows it has a lower id."""
     is_base: bool = False
     """Whether it is what lies at the bottom: then it is no peer of anything that was replaced."""
 
     def is_copy(self, mount: Mount) -> bool:
         """Whether a mount is new itself, or came from it by the tuck or since."""
-        return not self.is_base and mount.device == self.facts.device and mount.id >= self.facts.id
+        return not self.is_base and mount.device == self.facts.device and mount.id >= self.first
 
 
 class Relations:

@@ -15,7 +15,7 @@ from tuckctl.errors import KernelError, UndoneError
 from tuckctl.frozen import frozen
 from tuckctl.holding import find as find_holders
 from tuckctl.kernel.flags import Propagation, Umount
-from tuckctl.kernel.syscalls import mount_id, mount_setattr, open_tree, show, umount2, umount_each
+from tuckctl.kernel.syscalls import mount_setattr, open_tree, show, umount2, umount_each
 from tuckctl.kernel.threads import on_thread
 from tuckctl.loosening import loosened
 from tuckctl.spaces import relative, walk
@@ -48,6 +48,7 @@ class Leaving:
     follow: Sequence[Match]
     ids: tuple[int, ...]
     new: Fd
+    new_id: int
     unasked: bool = False
 
     @property
@@ -167,7 +168,7 @@ def _stand_in(each: Leaving, stack: contextlib.ExitStack) -> StandIn:
 
     Those that carry others have to be in the groups of what they stand for. Raises KernelError where they have none.
     """
-    if not look(mount_id(each.new)).peer_group:
+    if not look(each.new_id).peer_group:
         mount_setattr(each.new, propagation=Propagation.SHARED)
     target, below = each.target, each.below
 

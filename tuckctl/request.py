@@ -9,7 +9,7 @@ from tuckctl.errors import (
     UsageError,
 )
 from tuckctl.frozen import frozen
-from tuckctl.plan import BUSY, RECEIVERS, parse_options
+from tuckctl.plan import BUSY, RECEIVERS, TUCK_METHODS, parse_options
 from tuckctl.selection import check_selectors
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Request:
     receivers: str = "converge"
     excepted: tuple[str, ...] = ()
     recover: bool = False
+    tuck_method: str = "auto"
 
 
 KEYWORDS = (b"under", b"none")
@@ -48,6 +49,10 @@ def check_request(request: Request) -> None:
         raise UsageError("unknown-value", f"--busy {request.busy}: it is one of {', '.join(BUSY)}")
     if request.receivers not in RECEIVERS:
         raise UsageError("unknown-value", f"--receivers {request.receivers}: it is one of {', '.join(RECEIVERS)}")
+    if request.tuck_method not in TUCK_METHODS:
+        raise UsageError(
+            "unknown-value", f"--tuck-method {request.tuck_method}: it is one of {', '.join(TUCK_METHODS)}"
+        )
     check_selectors(request.excepted)
     if not request.timeout >= 0:
         raise UsageError("unknown-value", f"--timeout {request.timeout}: it is a number of seconds, 0 or more")

@@ -85,7 +85,7 @@ class Scene:
         # A directory that is the content by itself may be an overlay, and was mounted before.
         made_here = generation_of(old.source, self.target.path) == current.generation
         same = (current.boot_id, current.mount_id) == (self.boot_id, old.id)
-        return old.id if made_here and same else 0
+        return (current.first_id or old.id) if made_here and same else 0
 
 
 @contextlib.contextmanager

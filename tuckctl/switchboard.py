@@ -99,6 +99,10 @@ BLANK = b"tuckctl:blank"
 """The source of the mounts of nothing that are put somewhere for the moment."""
 
 
+_LAYERS = 64
+"""How many mounts may lie on one another at a place."""
+
+
 class Switchboard:
     """A mount namespace with nothing in it but a scratch filesystem, and nobody but who holds it open."""
 
@@ -408,6 +412,65 @@ class Switchboard:
             except BaseException:
                 hang_up(root, slot)
                 raise
+
+    def tuck(self, new: Fd, member: Fd, place: bytes, tell: Callable[[Mount], None]) -> None:
+        """Mount `new`, detached, at a place of `member`, a detached clone where nothing lies there.
+
+        It comes to all that get mounts from member's group, beneath whatever lies at that place
+        (attach_recursive_mnt in fs/namespace.c). `tell` is told of it before. Raises KernelError; then it came nowhere.
+        """
+        self._enter()
+        self._slot(new)  # only what is attached can be looked at
+        tell(look(mount_id(new)))
+        slot = self._slot(member)
+        try:
+            with openat2(member, place or b".", os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as spot:
+                move_mount(new, spot)
+        finally:
+            hang_up(member, slot)
+
+    def untuck(self, new: Fd, member: Fd, place: bytes) -> None:
+        """Take out what `tuck` brought; `new` is a detached clone of that, with all that lies on it.
+
+        What lies on each copy is seated anew on what was beneath. Raises KernelError; then nothing has changed.
+        """
+        self._enter()
+        slot = self._slot(member)
+        try:
+            with open_tree(member, clone=True) as holder:
+                mount_setattr(holder, propagation=Propagation.PRIVATE)
+                end = self._slot(holder)
+                try:
+                    with openat2(holder, place or b".", os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as spot:
+                        move_mount(new, spot)
+                    move_mount_set_group(member, holder)
+                    unmount_here(new, end + b"/" + place)
+                finally:
+                    hang_up(holder, end)
+        finally:
+            hang_up(member, slot)
+
+    def uncovered(self, tree: Fd, name: bytes, group: int) -> Fd:
+        """Clone a mount of a peer group on which others lie, at `name` in a detached copy of what is around it.
+
+        Those are left out one by one: what is unbindable is not copied with a tree. Raises KernelError.
+        """
+        self._enter()
+        for _ in range(_LAYERS):
+            slot = self._slot(tree)
+            try:
+                with openat2(tree, name, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as seen:
+                    mount = look(mount_id(seen))
+                    if mount.peer_group == group:
+                        return open_tree(seen, clone=True)
+                    mount_setattr(seen, propagation=Propagation.UNBINDABLE)
+                rest = open_tree(tree, clone=True, recursive=True)
+            finally:
+                hang_up(tree, slot)
+                tree.close()
+            tree = rest
+        tree.close()
+        raise KernelError("open_tree", show(name), errno.EINVAL)
 
     def _stand(self, tree: StandIn, onto: Descriptor, place: bytes, stack: contextlib.ExitStack) -> None:
         blank = b"/directory" if is_folder(tree.original) else b"/file"

@@ -874,7 +874,19 @@ def _enlist(
     )
     known = holding.read_replaced(places.of(target.path))
     convergence.know(known.slaves, known.peers, known.remnants)
-    return _Enlisted(turn, Part(exchange, convergence, journal), current, records, keepsake, clone)
+    enlisted = _Enlisted(turn, Part(exchange, convergence, journal), current, records, keepsake, clone)
+    exchange.method = request.tuck_method
+    enlisted.part.identify = partial(_identify, stack, enlisted)
+    return enlisted
+
+
+def _identify(stack: contextlib.ExitStack, each: _Enlisted) -> None:
+    """Write the record again where the mount that shows the new content was not known before: it came by a peer."""
+    exchange, current = each.turn.exchange, each.current
+    if exchange.new_id != current.mount_id:
+        each.current = replace(current, mount_id=exchange.new_id, first_id=exchange.first_id)
+        draft = each.turn.scene.records.draft_current(each.current)
+        each.records = [*each.records[:-1], stack.enter_context(draft)]
 
 
 def _begin(course: Course, enlisted: Sequence[_Enlisted]) -> None:
@@ -893,6 +905,7 @@ def _begin(course: Course, enlisted: Sequence[_Enlisted]) -> None:
             previous=each.current.previous,
             old=whole(each.turn.exchange.old),
             new=each.turn.exchange.new_id,
+            method=each.turn.exchange.method,
         )
 
 
@@ -995,7 +1008,9 @@ def _swap_back(course: Course, scene: Scene, mount: Fd, journal: Journal, places
             )
             current = scene.records.current()
             if current is not None and generation_of(look(exchange.new_id).source, target.path) is None:
-                with scene.records.draft_current(replace(current, mount_id=exchange.new_id)) as record:
+                with scene.records.draft_current(
+                    replace(current, mount_id=exchange.new_id, first_id=exchange.first_id)
+                ) as record:
                     record.publish()
     except (TuckError, OSError) as error:
         raise _not_back(target.path, error) from error

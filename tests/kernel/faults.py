@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from tests.kernel.stage import Task
 
 WALKS = ("swap", "rollback", "detach", "first", "boot", "two", "recover")
+EVERY = (*WALKS, "peer")
+"""Those, and a swap by --tuck-method peer."""
 ROOT = Path(__file__).parents[2]
 _CODES = re.compile(r"^\| `([a-z0-9-]+)` \|(?: ([0-9, ]+) \|)? .* \|$", re.MULTILINE)
 _LIVE = (0, 6)
@@ -446,7 +448,7 @@ def _hows(chosen: argparse.Namespace) -> list[tuple[How, tuple[str, ...]]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="./dev faults", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("walks", nargs="*", metavar="WALK", help=f"{', '.join(WALKS)}; without one, all")
+    parser.add_argument("walks", nargs="*", metavar="WALK", help=f"{', '.join(EVERY)}; without one, all")
     parser.add_argument("--kill", action="store_true", help="with SIGKILL, at the call")
     parser.add_argument("--kill-after", action="store_true", help="right after it was done")
     parser.add_argument("--errno", metavar="NAME", action="append", default=[], help="it fails with this; or `all`")
@@ -460,9 +462,9 @@ def main() -> int:
     chosen = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("mounting needs root")
-    names = chosen.walks or list(WALKS)
-    if wrong := set(names) - set(WALKS):
-        parser.error(f"{', '.join(wrong)}: it is one of {', '.join(WALKS)}")
+    names = chosen.walks or list(EVERY)
+    if wrong := set(names) - set(EVERY):
+        parser.error(f"{', '.join(wrong)}: it is one of {', '.join(EVERY)}")
     only, survived = set(filter(None, chosen.only.split(","))), True
     with walks(names) as each:
         for one in each:

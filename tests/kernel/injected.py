@@ -91,8 +91,13 @@ class Event(NamedTuple):
     happen: Callable[[], object]
 
 
-def with_fault(act: Callable[[], TransactionResult], fault: Fault | Event | None = None) -> Outcome:
-    """Run a transaction in a child, in which one call fails or finds things changed, and return how it ended."""
+def with_fault(
+    act: Callable[[], TransactionResult], fault: Fault | Event | None = None, *, whole: bool = False
+) -> Outcome:
+    """Run a transaction in a child, in which one call fails or finds things changed, and return how it ended.
+
+    Calls are counted from the tuck on, or from the beginning for the `whole` of it.
+    """
     here, there = socket.socketpair()
     reading, writing = os.pipe2(os.O_CLOEXEC)
     pid = os.fork()
@@ -118,7 +123,7 @@ def with_fault(act: Callable[[], TransactionResult], fault: Fault | Event | None
     try:
         _, (listener, *_), _, _ = socket.recv_fds(here, 1, 1)
         here.close()
-        answered, calls = _serve(listener, reading, fault)
+        answered, calls = _serve(listener, reading, fault, is_tucked=whole)
         os.close(listener)
     finally:
         os.close(reading)
@@ -127,9 +132,9 @@ def with_fault(act: Callable[[], TransactionResult], fault: Fault | Event | None
     return Outcome(exit_code, code, result, calls)
 
 
-def _serve(listener: int, reading: int, fault: Fault | Event | None) -> tuple[bytes, Counter[str]]:
+def _serve(listener: int, reading: int, fault: Fault | Event | None, *, is_tucked: bool) -> tuple[bytes, Counter[str]]:
     calls: Counter[str] = Counter()
-    is_tucked, answered = False, b""
+    answered = b""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     poll.register(reading, select.POLLIN)

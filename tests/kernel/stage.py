@@ -121,7 +121,7 @@ class Receiver(NamedTuple):
 
 class Stage:
     """The scene, for one walk: a swap, a rollback, a detach, a first swap on a bare directory, a boot, a recovery,
-    a swap of two targets.
+    a swap of two targets, a swap from an uncovered peer.
 
     `cut` is where the swap was killed that is to be recovered.
     """
@@ -177,7 +177,8 @@ class Stage:
             image = os.fsdecode(self.images[content])
             return "swap", *(f"{os.fsdecode(target)}={image}" for target in self.targets), "--keep", "1"
         paths = [os.fsdecode(self.images[name]) for name in (content, "common")]
-        return "swap", self.argument, *paths, "--keep", "1"
+        method = ("--tuck-method", "peer") if self.walk == "peer" else ()
+        return "swap", self.argument, *paths, "--keep", "1", *method
 
     def prepare(self) -> Task:
         """Have the next command find what the first one found; return what it is."""
@@ -191,13 +192,13 @@ class Stage:
         if self.walk == "boot":
             self._reboot()
             return Task(("boot",), "base", here)
-        if self.walk in ("swap", "two", "recover"):
+        if self.walk in ("swap", "peer", "two", "recover"):
             self._forget_copies()
         if self.walk == "recover":
             assert self._cut is not None
             words = self.swap_to(other)
             walk(lambda: run_tuckctl([*words, "--json"]), Order(How.KILL, *self._cut))
-        if self.walk in ("swap", "two"):
+        if self.walk in ("swap", "peer", "two"):
             return Task(self.swap_to(other), here, other)
         return Task((self.walk, self.argument), here, "base" if self.walk == "detach" else other)
 

@@ -216,7 +216,7 @@ def test_a_failure_is_a_document_too_and_the_sentence_goes_to_standard_error(dis
 
 UNBUILT_COMMANDS = ["plan", "preview", "reseat"]
 UNBUILT_OPTIONS = [
-    *("--writable", "--read-only", "--tuck-method=peer", "--allow-gap"),
+    *("--writable", "--read-only", "--allow-gap"),
     *("--check=true", "--confirm=true", "--trust=/key", "--force-release"),
 ]
 

@@ -21,6 +21,7 @@ from tuckctl.cli.options import (
     Recover,
     Target,
     Timeout,
+    TuckMethod,
 )
 from tuckctl.cli.streams import say
 
@@ -67,6 +68,7 @@ def swap(
     ] = None,
     keep: Annotated[int, typer.Option(metavar="N", help="generations kept, besides those in use")] = 5,
     recover: Recover = False,
+    tuck_method: TuckMethod = "auto",
     receivers: Receivers = "converge",
     excepted: Except = None,
     namespace: Namespace = None,
@@ -86,6 +88,7 @@ def swap(
         "sha256": sha256 or (),
         "keep": keep,
         "recover": recover,
+        "tuck_method": tuck_method,
         "receivers": receivers,
         "except_": excepted or (),
         "namespace": namespace,
@@ -144,6 +147,7 @@ def rollback(
     excepted: Except = None,
     namespace: Namespace = None,
     recover: Recover = False,
+    tuck_method: TuckMethod = "auto",
     json: Json = False,
     log_format: LogFormat = "",
     log_level: LogLevel = "",
@@ -152,6 +156,7 @@ def rollback(
     chosen = {
         "to": to,
         "recover": recover,
+        "tuck_method": tuck_method,
         "busy": busy,
         "timeout": timeout,
         "receivers": receivers,

@@ -15,6 +15,9 @@ Receivers = Annotated[
     str, typer.Option(metavar="converge|require|report", help="who is not brought along: bring; undo all; leave")
 ]
 Recover = Annotated[bool, typer.Option("--recover", help="put an interrupted transaction in order first")]
+TuckMethod = Annotated[
+    str, typer.Option(metavar="auto|beneath|peer", help="how new is put beneath old; auto: as the kernel allows")
+]
 Except = Annotated[
     list[str] | None,
     typer.Option("--except", metavar="WHO", help="a unit, container, pid or namespace that is to stay as it is"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import json
 import os
 import pathlib
@@ -203,6 +204,12 @@ def _in_child() -> bytes:
         text = answer.read()
     os.waitpid(child, 0)
     return text
+
+
+@functools.cache
+def has(feature: str) -> bool:
+    """Whether the kernel has a feature. Raises UnsupportedError where that cannot be tried."""
+    return probe()[feature].present
 
 
 def refuse_unsupported() -> None:
