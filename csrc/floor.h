@@ -209,14 +209,19 @@ int64_t tuck_find_everywhere(int namespace_fd, uint64_t after, const struct tuck
 /* Tells of many mounts, each by a struct tuck_statmount in the text. Returns how many found room there. */
 int64_t tuck_statmount_each(struct tuck_facts *mounts, size_t count, uint64_t mask, uint64_t after, char *ret_text,
                             size_t size);
+/* Finds what is mounted over a directory above a mount, so that the mount's path leads there. Gives its place, up to
+ * the size, and returns that one's length; 0 where there is nothing. */
+int64_t tuck_cover_above(uint64_t mount_id, uint64_t namespace_id, char *ret_point, size_t size);
 /* The processes whose mount namespaces may be known. */
 int64_t tuck_list_processes(int proc, struct tuck_process *ret_processes, size_t count);
 /* Reads the same file of many processes one after the other, and where each ends; one that cannot be read is empty.
  * Returns how many found room. */
 int64_t tuck_read_each(int proc, const int32_t *pids, size_t count, const char *name, char *ret_text, size_t size,
                        size_t *ret_ends);
-int64_t tuck_find_holders(int proc, const uint64_t *mount_ids, size_t mount_count, const struct tuck_dev *devices,
-                          size_t device_count, struct tuck_holder *ret_holders, size_t count, size_t *ret_unseen);
+/* Looks at those processes whose pids leave `share` when they are divided by `shares`. */
+int64_t tuck_find_holders(int proc, int32_t share, int32_t shares, const uint64_t *mount_ids, size_t mount_count,
+                          const struct tuck_dev *devices, size_t device_count, struct tuck_holder *ret_holders,
+                          size_t count, size_t *ret_unseen);
 
 /* Looks at a path until told to stop, and counts what it saw. */
 int tuck_watch(int how, const char *path, const char *const *expected, size_t expected_count, uint32_t good,

@@ -296,8 +296,9 @@ static uint64_t anonymous_mount(void) {
     return mount_id;
 }
 
-int64_t tuck_find_holders(int proc, const uint64_t *mount_ids, size_t mount_count, const struct tuck_dev *devices,
-                          size_t device_count, struct tuck_holder *ret_holders, size_t count, size_t *ret_unseen) {
+int64_t tuck_find_holders(int proc, int32_t share, int32_t shares, const uint64_t *mount_ids, size_t mount_count,
+                          const struct tuck_dev *devices, size_t device_count, struct tuck_holder *ret_holders,
+                          size_t count, size_t *ret_unseen) {
     struct search search = {.mount_ids = mount_ids,
                             .mount_count = mount_count,
                             .devices = devices,
@@ -321,7 +322,7 @@ int64_t tuck_find_holders(int proc, const uint64_t *mount_ids, size_t mount_coun
     while ((entry = readdir(entries)) != NULL) {
         char *end;
         long pid = strtol(entry->d_name, &end, 10);
-        if (*end != '\0' || pid <= 0)
+        if (*end != '\0' || pid <= 0 || pid % shares != share)
             continue;
         search.barred = false;
         look_at_process(&search, entry->d_name, (int32_t)pid);

@@ -2,9 +2,11 @@
 #include "floor.h"
 
 #include <errno.h>
+#include <limits.h>
 #include <stdalign.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -337,4 +339,81 @@ int64_t tuck_statmount_each(struct tuck_facts *mounts, size_t count, uint64_t ma
         used = next < size ? next : size;
     }
     return (int64_t)count;
+}
+
+/* A mount with its place. */
+union placed {
+    struct tuck_statmount mount;
+    char room[sizeof(struct tuck_statmount) + PATH_MAX];
+};
+
+static const char *place_of(uint64_t mount_id, uint64_t namespace_id, union placed *ret_placed) {
+    enum { MNT_BASIC = 2, MNT_POINT = 16 };
+    if (tuck_statmount(mount_id, namespace_id, MNT_BASIC | MNT_POINT, &ret_placed->mount, sizeof *ret_placed) < 0)
+        return NULL;
+    return ret_placed->mount.str + ret_placed->mount.mnt_point;
+}
+
+/* The way up from a mount: each one lies on the next, at a place that is so long a piece of the first one's. */
+struct way {
+    char path[PATH_MAX];
+    size_t count;
+    struct {
+        uint64_t on;
+        size_t length;
+    } steps[128];
+};
+
+static int go_up(uint64_t mount_id, uint64_t namespace_id, struct way *ret_way) {
+    union placed placed;
+    const char *place = place_of(mount_id, namespace_id, &placed);
+    if (place == NULL)
+        return -ENOENT;
+    memcpy(ret_way->path, place, strlen(place) + 1);
+    ret_way->count = 0;
+    while (ret_way->count < sizeof ret_way->steps / sizeof ret_way->steps[0]) {
+        const uint64_t id = placed.mount.mnt_id, on = placed.mount.mnt_parent_id;
+        const size_t length = strlen(place);
+        /* Above the root of its namespace, or of what the caller may see, there is nothing. */
+        if (on == id || (place = place_of(on, namespace_id, &placed)) == NULL)
+            break;
+        ret_way->steps[ret_way->count].on = on;
+        ret_way->steps[ret_way->count++].length = length;
+    }
+    return 0;
+}
+
+/* Whether the way leads through this place, and over it before it comes to the end of a step. */
+static bool leads_over(const struct way *way, size_t step, const char *place) {
+    const size_t length = strlen(place), prefix = length > 1 ? length : 0;
+    return length < way->steps[step].length && strncmp(way->path, place, prefix) == 0 && way->path[prefix] == '/';
+}
+
+int64_t tuck_cover_above(uint64_t mount_id, uint64_t namespace_id, char *ret_point, size_t size) {
+    enum { ALL = 512 };
+    struct way way;
+    uint64_t ids[ALL], after = 0;
+    size_t found = 0;
+    int64_t listed;
+    int error = go_up(mount_id, namespace_id, &way);
+    if (error < 0)
+        return error;
+    do {
+        listed = tuck_listmount(UINT64_MAX, namespace_id, after, ids, ALL);
+        if (listed < 0)
+            return listed;
+        for (int64_t i = 0; i < listed; i++) {
+            union placed placed;
+            const char *place = place_of(ids[i], namespace_id, &placed);
+            after = ids[i];
+            for (size_t step = 0; place != NULL && step < way.count; step++) {
+                if (way.steps[step].on != placed.mount.mnt_parent_id || !leads_over(&way, step, place))
+                    continue;
+                way.count = step; /* what is nearer is sought still */
+                found = strlen(place);
+                memcpy(ret_point, place, found < size ? found : size);
+            }
+        }
+    } while (listed == ALL);
+    return (int64_t)found;
 }

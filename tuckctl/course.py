@@ -70,6 +70,12 @@ class Course:
         elif phase != "undo":
             stop.heed()
 
+    def undone(self) -> None:
+        """End the undo, if there was one: what is recorded of it is no part of it."""
+        if self.phase == "undo":
+            self._book()
+            self.phase = "record"
+
     def _book(self) -> None:
         now = time.perf_counter()
         self.timings[self.phase] = self.timings.get(self.phase, 0) + round((now - self._since) * 1e6)

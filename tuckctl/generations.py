@@ -6,6 +6,7 @@ from __future__ import annotations
 import binascii
 import contextlib
 import errno
+import functools
 import json
 import os
 import re
@@ -83,6 +84,7 @@ def boot_id() -> str:
         return file.read().strip()
 
 
+@functools.lru_cache(maxsize=64)
 def key_of(target: bytes) -> str:
     """Return the name of a target's folder: readable, and different for different targets."""
     parts = []

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tuckctl.durable import is_none, parse_json, read_file, state_error, unsigned, write_file
@@ -14,7 +15,8 @@ from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import Hold, MountAttr
 from tuckctl.kernel.syscalls import find_holders, show
-from tuckctl.processes import FIRST_PROCESSES, FIRST_USERS, command_of, owner_of, remedy
+from tuckctl.kernel.threads import Worker
+from tuckctl.processes import FIRST_PROCESSES, FIRST_USERS, Owners, commands_of, remedy
 from tuckctl.results import Holder, Problem
 from tuckctl.target import Content, Known, children, look
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from tuckctl.kernel.syscalls import Match, RawHolder
-    from tuckctl.processes import Owner
 
 _FILE = "replaced.json"
 # From linux/capability.h and proc_pid(5).
@@ -107,37 +108,65 @@ def search(
     *,
     places: Mapping[int, Seat] | None = None,
     alive: Collection[tuple[int, int]] = (),
+    at_once: int = 1,
 ) -> Found:
     """Find each use of these mounts by a process, in the order of pids; a file that is open twice counts once.
 
     Watches tell a superblock's device number only. Once nothing holds the mounts any more, their superblocks
     are gone and the numbers may be another's: then watches are none of theirs, unless the superblock is known
-    to be `alive`. `places` tells of mounts that are seen elsewhere, or only show a part of the target.
+    to be `alive`. `places` tells of mounts that are seen elsewhere, or only show a part of the target. So many
+    processes are looked at `at_once`.
     """
     if not mount_ids and not devices:
         return Found(())
     proc = os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        raw, unseen = find_holders(proc, tuple(mount_ids), devices)
+        raw, unseen = _look(proc, tuple(mount_ids), devices, at_once)
     finally:
         os.close(proc)
     if all(use.mount_id == 0 for use in raw):
         raw = [use for use in raw if use.device in alive]
     found: dict[tuple[int, str, bytes], Holder] = {}
-    processes: dict[int, tuple[str, Owner]] = {}
+    pids = sorted({use.pid for use in raw})
+    processes = dict(zip(pids, zip(commands_of(pids), Owners().of_each(pids), strict=True), strict=True))
     for use in sorted(raw, key=lambda use: (use.pid, use.kind, use.number)):
         kind = Hold(use.kind).name.lower()
         path = _path(use, target, (places or {}).get(use.mount_id))
         if (use.pid, kind, path) in found:
             continue
-        if use.pid not in processes:
-            processes[use.pid] = command_of(use.pid), owner_of(use.pid)
         command, owner = processes[use.pid]
         found[use.pid, kind, path] = Holder(
             use.pid, command, owner.unit, owner.container, kind, path, remedy(use.pid, owner)
         )
     used = frozenset(use.mount_id for use in raw)
     return Found(tuple(found.values()), unseen, _what_is_hidden(), used)
+
+
+def _look(
+    proc: int, mount_ids: Sequence[int], devices: Sequence[tuple[int, int]], at_once: int
+) -> tuple[list[RawHolder], int]:
+    """Look at all processes, each thread at its share of them; here at those for which there is no thread."""
+
+    def look(share: int) -> tuple[list[RawHolder], int]:
+        return find_holders(proc, mount_ids, devices, share=share, shares=at_once)
+
+    workers: dict[int, Worker[tuple[list[RawHolder], int]]] = {}
+    try:
+        with contextlib.suppress(KernelError):
+            for share in range(1, at_once):
+                workers[share] = Worker(partial(look, share))
+        raw, unseen = look(0)
+    finally:
+        for worker in workers.values():
+            worker.wait()
+    for share in range(1, at_once):
+        try:
+            more, barred = workers[share].result()
+        except (KernelError, KeyError):
+            more, barred = look(share)
+        raw += more
+        unseen += barred
+    return raw, unseen
 
 
 def find(target: bytes, mount_ids: Collection[int], devices: Sequence[tuple[int, int]]) -> tuple[Holder, ...]:

@@ -38,8 +38,11 @@ STEPS = ("tuck", "aside", "arrived", "place", "reveal", "undo", "back", "done")
 """The steps that a transaction tells of before it takes them, in their order."""
 
 
+_encode = json.JSONEncoder(sort_keys=True).encode
+
+
 def _sealed(line: dict[str, Any]) -> bytes:
-    text = json.dumps(line, sort_keys=True)
+    text = _encode(line)
     return f'{{"sum": "{binascii.crc32(text.encode()):08x}", "line": {text}}}\n'.encode()
 
 

@@ -242,11 +242,13 @@ def oldest(pids: Sequence[int]) -> int:
 
 def command_of(pid: int) -> str:
     """Return a process's command name, printable."""
-    try:
-        with open(f"/proc/{pid}/comm", "rb") as file:
-            return show(file.read().rstrip(b"\n"))
-    except OSError:
-        return ""
+    return commands_of([pid])[0]
+
+
+def commands_of(pids: Sequence[int]) -> list[str]:
+    """Return the command names of many processes, printable; empty for those that are gone."""
+    with Fd(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as proc:
+        return [show(name.rstrip(b"\n")) for name in read_each(proc, pids, "comm")]
 
 
 def _word(name: str) -> str:

@@ -19,6 +19,7 @@ from tuckctl.kernel.syscalls import (
     Match,
     Mount,
     Namespace,
+    cover_above,
     find_everywhere,
     find_mounts,
     list_namespaces,
@@ -434,7 +435,7 @@ def describe(
         try:
             submounts, cover = _on_top(mount, after) if above else ((), None)
             if cover is None and (state != "updated" or thorough):
-                cover = _cover_around(mount)
+                cover = cover_above(mount.id, mount.namespace_id)
         except KernelError:
             continue
         pids, owner = inhabitants.get(match.namespace_inode, ((), NO_ONE))
@@ -508,21 +509,6 @@ def _on_top(mount: Mount, after: int) -> tuple[tuple[bytes, ...], bytes | None]:
         return identity == mount.id
 
     return tuple(sorted({point for identity, _, point in below if lies_on_it(identity)})), cover
-
-
-def _cover_around(mount: Mount) -> bytes | None:
-    """Return where something is mounted over a directory above a mount, if the path to it leads there."""
-    while mount.parent_id != mount.id:
-        try:
-            parent = look(mount.parent_id, mount.namespace_id)
-        except KernelError:
-            return None  # above the root of its namespace, or what the caller may see
-        for identity, on, point in mount_points(parent.id, mount.namespace_id):
-            above = point.rstrip(b"/") + b"/"
-            if on == parent.id and identity != mount.id and mount.point.startswith(above) and mount.point != point:
-                return point
-        mount = parent
-    return None
 
 
 def remedies(receivers: Sequence[Receiver]) -> str:

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from tuckctl.kernel.syscalls import Match, Mount
 
 
+_MOST_AT_ONCE = 8
+"""On how many processors one looks at processes."""
+
+
 def _problem(error: TuckError) -> Problem:
     return Problem(error.code, error.message, error.hint)
 
@@ -222,7 +226,9 @@ def _users(target: Target, places: Places) -> holding.Found:
             alive = {match.device for match in stale}
     devices = [content.device for content in known.left if content.device in alive and content.root == b"/"]
     ids = {*known.mount_ids, *seen}
-    return holding.search(target.path, ids, (*known.devices, *devices), places=seen, alive=alive)
+    processors = min(len(os.sched_getaffinity(0)), _MOST_AT_ONCE)
+    all_devices = (*known.devices, *devices)
+    return holding.search(target.path, ids, all_devices, places=seen, alive=alive, at_once=processors)
 
 
 def _is_ours(target: Target, places: Places) -> bool:

@@ -58,7 +58,7 @@ def in_spaces(items: Iterable[_T]) -> Iterator[tuple[_T, Fd]]:
     by_space: dict[int, list[_T]] = {}
     for item in items:
         by_space.setdefault(item.namespace_id, []).append(item)
-    for identity, space in opened(by_space):
+    for identity, space in opened(by_space) if by_space else ():
         with space:
             for item in by_space[identity]:
                 yield item, space

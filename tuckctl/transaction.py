@@ -933,10 +933,12 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
                 if each.part in halfway.revealed and each.way_back is not None:
                     each.part.convergence.finish()
                     _swap_back(course, each.turn.scene, each.way_back, each.part.journal, places)
+            course.undone()
             for each in enlisted:
                 each.part.journal.end()
             raise halfway.cause from None
         except BaseException as error:
+            course.undone()
             for each in enlisted:
                 _tell_failure(course, each, error, places)
             raise

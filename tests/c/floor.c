@@ -319,6 +319,25 @@ static void many_mounts(void) {
     TRUE(OK(tuck_statmount_each(each, 3, FACTS, 0, room.text, first->size + 8 + sizeof room.mount)) == 2);
     TRUE(OK(tuck_statmount_each(each, 3, FACTS, 0, room.text, sizeof room.mount - 1)) == 0);
     TRUE(OK(tuck_statmount_each(each, 0, FACTS, 0, room.text, 0)) == 0);
+
+    /* What is mounted over a directory above a mount is told, and nothing else. */
+    char cover[4096];
+    const uint64_t below = each[2].mount_id;
+    TRUE(OK(tuck_cover_above(below, 0, cover, sizeof cover)) == 0);
+    mount_tmpfs("many/below");
+    SYS(mkdir("many/beside", 0755));
+    mount_tmpfs("many/beside");
+    TRUE(OK(tuck_cover_above(below, 0, cover, sizeof cover)) == 0);
+    mount_tmpfs("many");
+    int64_t length = OK(tuck_cover_above(below, 0, cover, sizeof cover));
+    TRUE(length > 5 && memcmp(cover + length - 5, "/many", 5) == 0);
+    cover[1] = 'x';
+    TRUE(OK(tuck_cover_above(below, 0, cover, 1)) == length && cover[0] == '/' && cover[1] == 'x');
+    FAILS(tuck_cover_above(UINT64_MAX - 1, 0, cover, sizeof cover), ENOENT);
+    OK(tuck_umount2("many", 0));
+    OK(tuck_umount2("many/beside", 0));
+    OK(tuck_umount2("many/below", 0));
+
     OK(tuck_umount2("many/below", 0));
     OK(tuck_umount2("many", 0));
     SYS(rmdir("many"));
@@ -919,7 +938,7 @@ static void holders(void) {
     uint64_t id = id_of("held");
     struct tuck_dev device = device_of("held");
     int proc = SYS(open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC));
-    int64_t count = OK(tuck_find_holders(proc, &id, 1, &device, 1, found, 256, &unseen));
+    int64_t count = OK(tuck_find_holders(proc, 0, 1, &id, 1, &device, 1, found, 256, &unseen));
     TRUE(count > 0 && count <= 256);
     for (int64_t i = 0; i < count; i++) {
         TRUE(found[i].pid == child && found[i].kind >= 0 && found[i].kind < 6);
@@ -940,13 +959,15 @@ static void holders(void) {
     /* Only a process with rights in the first user namespace may follow what is mapped; else its device tells. */
     TRUE(counted[TUCK_HOLD_MAP] >= 1);
     TRUE(by_device == (privileged ? 1 : 1 + counted[TUCK_HOLD_MAP]));
-    TRUE(OK(tuck_find_holders(proc, &id, 1, &device, 1, NULL, 0, &unseen)) == count);
-    TRUE(OK(tuck_find_holders(proc, NULL, 0, NULL, 0, found, 256, &unseen)) == 0);
+    TRUE(OK(tuck_find_holders(proc, 0, 1, &id, 1, &device, 1, NULL, 0, &unseen)) == count);
+    TRUE(OK(tuck_find_holders(proc, child % 2, 2, &id, 1, &device, 1, NULL, 0, &unseen)) == count);
+    TRUE(OK(tuck_find_holders(proc, 1 - child % 2, 2, &id, 1, &device, 1, NULL, 0, &unseen)) == 0);
+    TRUE(OK(tuck_find_holders(proc, 0, 1, NULL, 0, NULL, 0, found, 256, &unseen)) == 0);
     uint64_t others[3] = {1, id, UINT64_MAX};
-    TRUE(OK(tuck_find_holders(proc, others, 3, NULL, 0, found, 256, &unseen)) == count - (int64_t)by_device);
-    FAILS(tuck_find_holders(NO_SUCH_FD, &id, 1, NULL, 0, found, 256, &unseen), EBADF);
+    TRUE(OK(tuck_find_holders(proc, 0, 1, others, 3, NULL, 0, found, 256, &unseen)) == count - (int64_t)by_device);
+    FAILS(tuck_find_holders(NO_SUCH_FD, 0, 1, &id, 1, NULL, 0, found, 256, &unseen), EBADF);
     int file = SYS(open("lower/from-lower", O_RDONLY | O_CLOEXEC));
-    FAILS(tuck_find_holders(file, &id, 1, NULL, 0, found, 256, &unseen), ENOTDIR);
+    FAILS(tuck_find_holders(file, 0, 1, &id, 1, NULL, 0, found, 256, &unseen), ENOTDIR);
     close(file);
     close(proc);
 
@@ -980,7 +1001,7 @@ static void root_holder(void) {
     close(hands[0]);
     TRUE(read(ready[0], &byte, 1) == 1);
     int proc = SYS(open("/proc", O_PATH | O_DIRECTORY | O_CLOEXEC));
-    TRUE(OK(tuck_find_holders(proc, &id, 1, NULL, 0, found, 16, &unseen)) == 1);
+    TRUE(OK(tuck_find_holders(proc, 0, 1, &id, 1, NULL, 0, found, 16, &unseen)) == 1);
     TRUE(found[0].kind == TUCK_HOLD_ROOT && found[0].pid == child && found[0].mount_id == id);
     close(proc);
     close(hands[1]);

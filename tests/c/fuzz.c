@@ -180,7 +180,7 @@ static void look_for_holders(int proc) {
     OK(tuck_mount_id(proc, ".", 0, &mount));
     ids[0] = below(2) ? mount : any();
     ids[1] = UINT64_MAX;
-    TRUE(OK(tuck_find_holders(proc, ids, below(3), devices, below(3), found, room, &unseen)) >= 0);
+    TRUE(OK(tuck_find_holders(proc, 0, 1, ids, below(3), devices, below(3), found, room, &unseen)) >= 0);
     free(found);
     TRUE(unseen <= sizeof pids / sizeof pids[0]);
 }
@@ -206,6 +206,6 @@ int main(int count, char **words) {
     }
     size_t unseen;
     close(proc);
-    FAILS(tuck_find_holders(proc, NULL, 0, NULL, 0, NULL, 0, &unseen), EBADF);
+    FAILS(tuck_find_holders(proc, 0, 1, NULL, 0, NULL, 0, NULL, 0, &unseen), EBADF);
     return 0;
 }

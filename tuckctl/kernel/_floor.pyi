@@ -94,6 +94,7 @@ class _Lib:
     def tuck_statmount_each(
         self, mounts: Any, count: int, mask: int, after: int, ret_text: Any, size: int, /
     ) -> int: ...
+    def tuck_cover_above(self, mount_id: int, namespace_id: int, ret_point: Any, size: int, /) -> int: ...
     def tuck_list_processes(self, proc: int, ret_processes: Any, count: int, /) -> int: ...
     def tuck_read_each(
         self, proc: int, pids: Any, count: int, name: bytes, ret_text: Any, size: int, ret_ends: Any, /
@@ -101,6 +102,8 @@ class _Lib:
     def tuck_find_holders(
         self,
         proc: int,
+        share: int,
+        shares: int,
         mount_ids: Any,
         mount_count: int,
         devices: Any,

@@ -68,7 +68,11 @@ def _number(descriptor: Descriptor) -> int:
 def show(path: bytes) -> str:
     """Return a path as text that is safe to print: what is not printable UTF-8 becomes an escape."""
     text = path.decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return (
+        text
+        if text.isprintable()
+        else "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    )
 
 
 def quoted(name: bytes) -> str:
@@ -457,6 +461,17 @@ def mount_points(mount_id: int, namespace_id: int = 0, after: int = 0) -> list[t
     ]
 
 
+def cover_above(mount_id: int, namespace_id: int = 0) -> bytes | None:
+    """Return where something is mounted over a directory above a mount, if the path to it leads there.
+
+    None as well where the mount is gone.
+    """
+    size = 4096
+    buffer = _unset("char[]", size)
+    length = lib.tuck_cover_above(mount_id, namespace_id, buffer, size)
+    return bytes(ffi.buffer(buffer, length)) if length > 0 else None
+
+
 def mount_id(directory: Descriptor, path: bytes = b"") -> int:
     """Return the unique id of the mount that a path leads to (statx, STATX_MNT_ID_UNIQUE, Linux 6.8)."""
     ret_id = ffi.new("uint64_t *")
@@ -826,8 +841,7 @@ def read_each(proc: Descriptor, pids: Sequence[int], name: str) -> list[bytes]:
     return found
 
 
-@frozen
-class RawHolder:
+class RawHolder(NamedTuple):
     """One way in which a process holds a mount: the fd's number, or the addresses of a mapping.
 
     `thread` is the pid, unless it is a thread's own. Where only a superblock's device number tells of it, that
@@ -837,32 +851,45 @@ class RawHolder:
     pid: int
     thread: int
     kind: int
-    device: tuple[int, int]
+    major: int
+    minor: int
     mount_id: int
     number: int
     end: int
 
+    @property
+    def device(self) -> tuple[int, int]:
+        """The superblock's device number."""
+        return self.major, self.minor
+
+
+_HOLDER = struct.Struct("@3i2IQQQ")
+
 
 def find_holders(
-    proc: Descriptor, mount_ids: Sequence[int], devices: Sequence[tuple[int, int]]
+    proc: Descriptor,
+    mount_ids: Sequence[int],
+    devices: Sequence[tuple[int, int]],
+    *,
+    share: int = 0,
+    shares: int = 1,
 ) -> tuple[list[RawHolder], int]:
     """Find what processes hold of these mounts, and their inotify watches on these superblocks.
 
-    Returns the holders, and how many processes could not be looked into.
+    It looks at one share of all processes. Returns the holders, and how many processes could not be looked into.
     """
     ids = ffi.new("uint64_t[]", sorted(mount_ids))
     wanted = ffi.new("struct tuck_dev[]", list(devices))
     unseen = ffi.new("size_t *")
-    room = 256
+    room = 1 << 14
     while True:
-        found = ffi.new("struct tuck_holder[]", room)
-        count = lib.tuck_find_holders(_number(proc), ids, len(mount_ids), wanted, len(devices), found, room, unseen)
+        found = _unset("struct tuck_holder[]", room)
+        count = lib.tuck_find_holders(
+            _number(proc), share, shares, ids, len(mount_ids), wanted, len(devices), found, room, unseen
+        )
         _check(count, "openat", path=b"/proc")
         if count <= room:
             break
-        room = count + 64
-    holders = [
-        RawHolder(h.pid, h.thread, h.kind, (h.device.major, h.device.minor), h.mount_id, h.number, h.end)
-        for h in found[0:count]
-    ]
-    return holders, int(unseen[0])
+        room = 2 * count
+    raw = ffi.buffer(found, count * _HOLDER.size)
+    return list(map(RawHolder._make, _HOLDER.iter_unpack(raw))), int(unseen[0])
