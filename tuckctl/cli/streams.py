@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from types import MappingProxyType
@@ -28,7 +29,9 @@ def prepare() -> None:
             os.open(os.devnull, os.O_RDWR)
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+            # To where it is written is asked (lseek(2)): a file that cannot say may still take what is written.
+            with contextlib.suppress(OSError):
+                stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
 
 
 def printable(text: str) -> str:
