@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import os
 import time
 from dataclasses import dataclass, replace
@@ -62,7 +61,7 @@ from tuckctl.receivers import (
     on_top,
     reason_of,
 )
-from tuckctl.removal import Leaving, busy_error, detach, remove, remove_in_turn, remove_together
+from tuckctl.removal import Leaving, busy_error, detach, refuse_left, remove, remove_in_turn, remove_together
 from tuckctl.spaces import in_spaces, insist, reach, relative, walk
 from tuckctl.target import Content, children, look
 
@@ -390,7 +389,8 @@ class Exchange:
         """
         seen = self.target.refreshed().stack
         wanted = [self.new_id] if self.old is None else [self.new_id, self.old.id]
-        if [mount.id for mount in seen[-len(wanted) :]] != wanted:
+        around = seen[-len(wanted) - 1].id if len(seen) > len(wanted) else self.target.around.id
+        if [mount.id for mount in seen[-len(wanted) :]] != wanted or around != self.parent.id:
             raise UndoneError(
                 "target-changed",
                 f"{show(self.target.path)}: something else was mounted or unmounted there at the same moment",
@@ -468,8 +468,9 @@ class Exchange:
 
     @property
     def is_revealed(self) -> bool:
-        """Whether new is seen here, in the place of an old that is gone."""
-        return self.old is not None and self.target.top_id() == self.new_id
+        """Whether new is here in the place of an old that is gone, though someone may have mounted something on it."""
+        ids = self._ids()
+        return self.old is not None and self.new_id in ids and self.old.id not in ids
 
     @property
     def earlier(self) -> int:
@@ -487,8 +488,9 @@ class Exchange:
         return [item.mount for item in self.carriage.carried]
 
     def refuse_not_revealed(self) -> None:
-        """See that new is seen here. Raises IncompleteError."""
-        if self.target.top_id() != self.new_id:
+        """See that new is here, and old is not. Raises IncompleteError."""
+        ids = self._ids()
+        if self.new_id not in ids or (self.old is not None and self.old.id in ids):
             raise IncompleteError(
                 "not-revealed",
                 f"{show(self.target.path)} shows another mount than the new one",
@@ -576,47 +578,46 @@ class Exchange:
             ) from error
 
     def _back_out(self) -> bool:
-        top = self.target.top_id()
-        if self.old is None:
-            if top == self.new_id:
-                new = look(top)
-                copies = copies_of(observe([new.device], top - 1), new)
-                detach(self.target, top, children(top), copies)
-            return True
-        if top == self.new_id:
-            return False
-        if top != self.old.id and self.parent_shared and self._is_between():
-            # Someone mounted something on old: that stays.
-            self._untuck()
-            return not self._is_between()
-        below = look(top).parent_id
-        if top == self.old.id and below == self.new_id:
-            if not self.can_undo:
-                umount2(self.target.place, Umount.DETACH)
-                return False
-            self._untuck()
-            below = look(self.old.id).parent_id
-            if self.target.top_id() == self.old.id and below != self.new_id:
+        ids = self._ids()
+        if self.new_id not in ids:
+            if self.old is None or self.old.id in ids:
                 return True
-        elif top == self.old.id:
+        elif self.old is None:
+            if ids[-1] == self.new_id:
+                new = look(self.new_id)
+                copies = copies_of(observe([new.device], new.id - 1), new)
+                detach(self.target, new.id, children(new.id), copies)
+            else:
+                self._untuck()
             return True
+        elif self.old.id not in ids:
+            return False
+        elif ids[-1] == self.old.id and not self.can_undo:
+            umount2(self.target.place, Umount.DETACH)
+            return False
+        else:
+            # What someone mounted on old stays.
+            self._untuck()
+            if self.new_id not in self._ids():
+                return True
         raise IncompleteError(
             "undo-failed",
             f"{show(self.target.path)}: the content before is seen, but the new one could not be taken out",
             f"tuckctl status {quoted(self.target.path)}",
         )
 
-    def _is_between(self) -> bool:
-        """Whether new lies right beneath old."""
-        around = [mount.id for mount in self.target.refreshed().stack]
-        return self.old is not None and (self.new_id, self.old.id) in itertools.pairwise(around)
+    def _ids(self) -> list[int]:
+        """Return the ids of what is mounted on the target now, lowest first."""
+        return [mount.id for mount in self.target.refreshed().stack]
 
     def _untuck(self) -> None:
-        """Unmount new from beneath old.
+        """Unmount new from beneath what lies on it, which is old.
 
         In a copy of the namespace old is detached, with what lies on it, here only, and then new: that propagates from
         the parent, and wherever old lies on a copy of new the kernel re-seats it (umount propagation,
         fs/pnode.c). The way in is the descriptor on new, whose counterpart is the copy's working directory.
+
+        What someone mounted on old just before the tuck lies on new, and new on old: the parent is old then.
         """
         if self._is_by_peer and self._board is not None:
             with (
@@ -628,11 +629,13 @@ class Exchange:
                 on_thread(partial(self._board.untuck, clone, member, place))
             return
         is_covered = self.old is not None and self.target.top_id() != self.old.id
+        parent = look(look(self.new_id).parent_id)
+        recursive = is_covered or not carriers(self._below)
 
         def take_out() -> None:
             name = self.target.name
             with Fd(os.open(".", os.O_PATH)) as here:
-                mount_setattr(here, propagation=Propagation.PRIVATE, recursive=is_covered)
+                mount_setattr(here, propagation=Propagation.PRIVATE, recursive=recursive)
                 os.chdir("..")
                 mount_setattr(AT_FDCWD, name, propagation=Propagation.PRIVATE, recursive=True)
                 while mount_id(AT_FDCWD, name) != mount_id(here):
@@ -640,8 +643,14 @@ class Exchange:
                 move_mount_set_group(self.new, here)
             umount2(name, Umount.DETACH)
 
-        if self.parent_shared:
+        if parent.peer_group:
             in_copy(take_out, directory=self.new)
+            return
+        if self.old is not None and parent.id == self.old.id:
+            if self.target.top_id() != self.new_id:
+                msg = "something else was mounted on it"
+                raise RuntimeError(msg)
+            umount2(self.target.place, Umount.DETACH)
             return
         with alone_on(self.parent.point), self._parent_root() as root:
             with contextlib.suppress(TuckError):
@@ -810,6 +819,8 @@ def _reveal(parts: Sequence[Part], busy: str, deadline: float, warn: Callable[[s
     for part in waiting:
         if part.exchange.target.path in detached:
             part.replaced = leaving[part.exchange.target.path].ids
+    for each in leaving.values():
+        refuse_left(each.target, each.old)
     if len(waiting) < len(parts):
         why = "a first overlay is seen as soon as it is mounted"
     if why is not None:

@@ -22,7 +22,7 @@ from tuckctl.frozen import frozen
 from tuckctl.generations import Current, boot_id
 from tuckctl.holding import read_replaced
 from tuckctl.journal import Entry, Journal, Mounted
-from tuckctl.kernel.flags import Clone, Propagation
+from tuckctl.kernel.flags import Clone, Propagation, Umount
 from tuckctl.kernel.syscalls import Mount, mount_setattr, move_mount_set_group, open_tree, quoted, setns, show
 from tuckctl.kernel.threads import on_thread
 from tuckctl.locks import alone_on
@@ -31,7 +31,7 @@ from tuckctl.plan import live_mounts
 from tuckctl.prune import drop_images
 from tuckctl.receivers import arrival, content_of, copies_of, left_behind, observe, on_top
 from tuckctl.removal import remove
-from tuckctl.spaces import in_spaces, insist, reach
+from tuckctl.spaces import in_spaces, insist, is_gone, reach, unmount
 from tuckctl.switchboard import BLANK, Switchboard
 from tuckctl.target import Content, children, look, resolve
 
@@ -183,8 +183,8 @@ class _Recovery:
 
     @property
     def is_revealed(self) -> bool:
-        """Whether new is seen."""
-        return bool(self.entry.new) and self.top == self.entry.new
+        """Whether old is gone and new is there, though someone may have mounted something on it."""
+        return bool(self.entry.new) and self.entry.new in self.ids and self.entry.old.id not in self.ids
 
     # Back.
 
@@ -201,17 +201,27 @@ class _Recovery:
             devices = [each for each in (device, old.device if old else None) if each is not None]
             sight = observe(devices) if devices else None
             if sight is not None:
+                every = copies_of(sight, look(mine)) if mine in self.ids else ()
                 if old is not None:
+                    olds = {match.mount_id for match in copies_of(sight, old)}
+                    over = [match for match in every if match.parent_id in olds] if self._is_over else []
+                    for match, space in in_spaces(over):
+                        on_thread(partial(_take_off, match, space))
                     others = [match for match in copies_of(sight, old) if match.mount_id != old.id]
                     for match, space in in_spaces(others):
                         on_thread(partial(self._lay_bare, board, match, space, device))
-                every = copies_of(sight, look(mine)) if mine in self.ids else ()
                 copies = [match for match in every if match.mount_id >= self.entry.first_id and match.mount_id != mine]
                 for match, space in in_spaces(copies):
                     on_thread(partial(_take_out, board, match.mount_id, space, match.owner))
             if mine in self.ids and mine != self.top:
                 on_thread(partial(_take_out, board, mine, board.home, 0))
             self.repair(board)
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether new came to lie on old: something was mounted there in the instant before the tuck."""
+        ours = [each for each in self.ids if each in (self.entry.old.id, self.entry.new)]
+        return ours == [self.entry.old.id, self.entry.new]
 
     def _below_new(self) -> Mount:
         place = self.ids.index(self.entry.new)
@@ -289,8 +299,17 @@ class _Recovery:
         return replaced
 
     def finish(self, replaced: Iterable[int], request: Wishes) -> Revealed:
-        """Give new the propagation that old had, and bring whoever did not follow."""
+        """Give new the propagation that old had, and bring whoever did not follow.
+
+        Raises IncompleteError where something covers new.
+        """
         entry, target = self.entry, self.target.refreshed()
+        if target.top_id() != entry.new:
+            raise IncompleteError(
+                "recover-failed",
+                f"{show(entry.target)}: something is mounted on the new content",
+                f"umount {quoted(entry.target)} takes it off; then tuckctl recover",
+            )
         old = entry.as_mount()
         before = read_replaced(self.places.of(target.path))
         left = before.behind
@@ -429,6 +448,13 @@ class Wishes:
     receivers: str
     deadline: float
     excepted: Selection
+
+
+def _take_off(match: Match, space: Fd) -> None:
+    """Take a copy of new off old, on which it came to lie. Raises KernelError where something covers it."""
+    setns(space, Clone.NEWNS)
+    if not is_gone(match.mount_id, match.namespace_id):
+        unmount(look(match.mount_id).point, match.mount_id, Umount.DETACH)
 
 
 def _take_out(board: Switchboard, identity: int, space: Fd, owner: int) -> None:

@@ -18,7 +18,7 @@ from tuckctl.kernel.flags import Propagation, Umount
 from tuckctl.kernel.syscalls import mount_setattr, open_tree, show, umount2, umount_each
 from tuckctl.kernel.threads import on_thread
 from tuckctl.loosening import loosened
-from tuckctl.spaces import relative, walk
+from tuckctl.spaces import is_gone, relative, walk
 from tuckctl.switchboard import StandIn
 from tuckctl.target import children, look
 
@@ -100,9 +100,11 @@ def remove(
                     raise
                 unused = busy == "lazy"
             else:
+                refuse_left(target, old)
                 return ()
         if unused:
             detach(target, old.id, below, follow)
+            refuse_left(target, old)
             return ids
         if busy == "fail":
             break
@@ -217,6 +219,16 @@ def _refuse_changed(target: Target, old: Mount) -> None:
         raise UndoneError(
             "target-changed",
             f"{show(target.path)}: something else was mounted or unmounted there meanwhile",
+            "try again",
+        )
+
+
+def refuse_left(target: Target, old: Mount) -> None:
+    """See that old is gone: an unmount takes what is seen at that moment. Raises UndoneError."""
+    if not is_gone(old.id, 0):
+        raise UndoneError(
+            "target-changed",
+            f"{show(target.path)}: something else was mounted there at the same moment",
             "try again",
         )
 

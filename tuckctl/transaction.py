@@ -469,7 +469,7 @@ def _swap_to_previous(
             new = remake(stack, course, scene, generation, request, bottom=bottom, places=places)
         except (TuckError, OSError) as error:
             raise _not_back(target.path, error) from error
-        _swap_back(course, scene, new, journal, places)
+        _swap_back(course, scene, new, journal, places, seen=entry.new)
 
 
 def _detached_already(
@@ -932,7 +932,14 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
             for each in enlisted:
                 if each.part in halfway.revealed and each.way_back is not None:
                     each.part.convergence.finish()
-                    _swap_back(course, each.turn.scene, each.way_back, each.part.journal, places)
+                    _swap_back(
+                        course,
+                        each.turn.scene,
+                        each.way_back,
+                        each.part.journal,
+                        places,
+                        seen=each.part.exchange.new_id,
+                    )
             course.undone()
             for each in enlisted:
                 each.part.journal.end()
@@ -975,15 +982,17 @@ def _end(journals: Sequence[Journal]) -> None:
         journal.end()
 
 
-def _swap_back(course: Course, scene: Scene, mount: Fd, journal: Journal, places: Places) -> None:
+def _swap_back(course: Course, scene: Scene, mount: Fd, journal: Journal, places: Places, *, seen: int) -> None:
     """Bring back what was there before, by a tuck as well, where other targets could not be revealed.
 
-    `mount` shows it. Raises IncompleteError where that cannot be done.
+    `mount` shows that, and `seen` is the id of what was revealed. Raises IncompleteError where it cannot be done.
     """
     target = scene.target.refreshed()
     try:
         with contextlib.ExitStack() as stack:
             shown = look(target.top_id())
+            if shown.id != seen:
+                raise UndoneError("target-changed", "something else was mounted there meanwhile", "umount it first")
             scene = replace(scene, target=target, live=Live(shown, None, adopted=False))
             exchange = _prepare(stack, scene, mount, stack.enter_context(gather(target)), places)
             journal.going_back(exchange.new_id, shown)

@@ -85,16 +85,14 @@ def _listen(calls: Iterable[int] = NUMBERS.values()) -> int:
 
 
 class Event(NamedTuple):
-    """What happens just before the n-th of all these calls from the tuck on."""
+    """What happens just before the n-th of all these calls from the tuck on; the tuck itself has the number 0."""
 
     number: int
     happen: Callable[[], object]
 
 
-def with_fault(
-    act: Callable[[], TransactionResult], fault: Fault | Event | None = None, *, whole: bool = False
-) -> Outcome:
-    """Run a transaction in a child, in which one call fails or finds things changed, and return how it ended.
+def with_fault(act: Callable[[], TransactionResult], *faults: Fault | Event | None, whole: bool = False) -> Outcome:
+    """Run a transaction in a child, in which calls fail or find things changed, and return how it ended.
 
     Calls are counted from the tuck on, or from the beginning for the `whole` of it.
     """
@@ -123,7 +121,7 @@ def with_fault(
     try:
         _, (listener, *_), _, _ = socket.recv_fds(here, 1, 1)
         here.close()
-        answered, calls = _serve(listener, reading, fault, is_tucked=whole)
+        answered, calls = _serve(listener, reading, faults, is_tucked=whole)
         os.close(listener)
     finally:
         os.close(reading)
@@ -132,7 +130,11 @@ def with_fault(
     return Outcome(exit_code, code, result, calls)
 
 
-def _serve(listener: int, reading: int, fault: Fault | Event | None, *, is_tucked: bool) -> tuple[bytes, Counter[str]]:
+def _serve(
+    listener: int, reading: int, faults: Iterable[Fault | Event | None], *, is_tucked: bool
+) -> tuple[bytes, Counter[str]]:
+    failures = {(fault.call, fault.number): fault.error for fault in faults if isinstance(fault, Fault)}
+    events = {event.number: event.happen for event in faults if isinstance(event, Event)}
     calls: Counter[str] = Counter()
     answered = b""
     poll = select.poll()
@@ -155,12 +157,11 @@ def _serve(listener: int, reading: int, fault: Fault | Event | None, *, is_tucke
             failing = 0
             if is_tucked:
                 calls[name] += 1
-                if isinstance(fault, Fault) and (name, calls[name]) == (fault.call, fault.number):
-                    failing = -fault.error
-                if isinstance(fault, Event) and calls.total() == fault.number:
-                    fault.happen()
+                failing = -failures.get((name, calls[name]), 0)
             (flags,) = struct.unpack_from("=Q", asked, 32 + 8 * 4)
             is_tucked = is_tucked or (name == "move_mount" and bool(flags & MoveMount.BENEATH))
+            if is_tucked:
+                events.pop(calls.total(), lambda: None)()
             answer = _RESPONSE.pack(identity, 0, failing, 0 if failing else _CONTINUE)
             fcntl.ioctl(listener, _SEND, answer)
 

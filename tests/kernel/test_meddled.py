@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -13,16 +14,19 @@ import pytest
 
 import tuckctl
 from tests.kernel.ground import attempt
+from tests.kernel.injected import Event, with_fault
 from tests.kernel.lab import needs_root
 from tests.kernel.scenes import Scene, bind, end, in_scene, mount_on, read, take_off, wait_until
 from tests.kernel.test_recover import _text
 from tests.kernel.walking import How, Order, walk
 from tuckctl.errors import KernelError
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation
-from tuckctl.kernel.syscalls import mount_id, setns
+from tuckctl.kernel.syscalls import mount_id, mount_setattr, setns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tuckctl.results import TransactionResult
 
 pytestmark = needs_root
 
@@ -128,8 +132,109 @@ def test_killed_while_receivers_on_receivers_are_brought_none_is_lost(disk: byte
     in_scene(disk, work)
 
 
+def _killed(scene: Scene, number: int, *events: Event) -> None:
+    """Kill a swap just before one of its calls from the tuck on."""
+    image, pids = scene.image("b"), os.pipe()
+
+    def swap() -> TransactionResult:
+        os.write(pids[1], b"%d" % os.getpid())
+        return tuckctl.swap(scene.target, [image])
+
+    with pytest.raises(EOFError):  # it could not answer any more
+        with_fault(swap, *events, Event(number, lambda: os.kill(int(os.read(pids[0], 16)), signal.SIGKILL)))
+
+
+@pytest.mark.parametrize("where", ["here", "peer"])
+def test_what_is_mounted_at_any_moment_from_the_tuck_on_leaves_all_whole(disk: bytes, where: str) -> None:
+    """In the instant before the tuck, new would come to lie on old; and would be seen, when the other's mount goes."""
+
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        peer = scene.space("peer")
+        scene.space("slave"), scene.space("private")
+        spaces = [None, *scene.spaces]
+
+        def put() -> None:
+            mount_on(scene.target) if where == "here" else peer.do(lambda: mount_on(scene.target))
+
+        def take() -> None:
+            take_off(scene.target) if where == "here" else peer.do(lambda: take_off(scene.target))
+
+        def swap(*events: Event) -> tuple[int, list[bytes]]:
+            before, name = scene.which(), "b" if scene.which() == b"a" else "a"
+            image = scene.image(name)
+            ended = with_fault(lambda: tuckctl.swap(scene.target, [image]), *events)
+            return ended.exit_code, [before if ended.exit_code else name.encode()] * len(spaces)
+
+        most = with_fault(lambda: scene.swap("b")).calls.total()
+        code, wanted = swap(Event(0, put), Event(1, take))
+        assert (code, scene.everywhere()) == (4, wanted)
+        for number in (0, *random.SystemRandom().sample(range(1, most + 1), 4)):
+            code, wanted = swap(Event(number, put))
+            assert code in (0, 4), number
+            stays = [len(scene.mounts_at(b"", space)) for space in (None, peer)] == [2, 2]
+            # What comes in the instant before the unmount goes in old's place.
+            assert stays or (code == 4 and number), number
+            if stays:
+                take()
+            assert scene.everywhere() == wanted, number
+            assert [len(scene.mounts_at(b"", space)) for space in spaces] == [1] * len(spaces), number
+            assert tuckctl.recover(scene.target).outcome == "unchanged"
+
+    in_scene(disk, work)
+
+
+@pytest.mark.parametrize("how", ["killed", "old is private"])
+def test_where_new_had_come_to_lie_on_old_and_could_not_be_undone_recover_does_it(disk: bytes, how: str) -> None:
+    """From beneath what someone has mounted, new goes by propagation; a private mount gets none."""
+
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        if how != "killed":
+            mount_setattr(AT_FDCWD, scene.target, propagation=Propagation.PRIVATE)
+        scene.space("peer"), scene.space("slave")
+        mount = Event(0, lambda: mount_on(scene.target))
+        if how == "killed":
+            _killed(scene, 1, mount)
+        else:
+            image = scene.image("b")
+            assert with_fault(lambda: tuckctl.swap(scene.target, [image]), mount).code == "undo-failed"
+        assert [mount.fstype for mount in scene.stack] == ["overlay", "overlay", "tmpfs"]
+        told = attempt(lambda: tuckctl.recover(scene.target))
+        assert told is not None
+        assert (told.exit_code, told.code) == (7, "recover-failed")
+        take_off(scene.target)
+        assert tuckctl.recover(scene.target).outcome == "recovered"
+        assert scene.everywhere() == [b"a"] * 3
+        assert [len(scene.mounts_at(b"", space)) for space in (None, *scene.spaces)] == [1] * 3
+        scene.swap("c")
+        assert scene.everywhere() == [b"c"] * 3
+
+    in_scene(disk, work)
+
+
+def test_what_is_mounted_on_new_after_a_kill_does_not_cost_it_its_place(disk: bytes) -> None:
+    """Where old is gone, to take new out would leave base."""
+
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        scene.space("peer"), scene.space("private")
+        most = with_fault(lambda: scene.swap("b")).calls.total()
+        scene.swap("a")
+        _killed(scene, most)
+        mount_on(scene.target)
+        told = attempt(lambda: tuckctl.recover(scene.target))
+        assert told is not None
+        assert (told.exit_code, told.code) == (7, "recover-failed")
+        take_off(scene.target)
+        assert tuckctl.recover(scene.target).outcome == "recovered"
+        assert scene.everywhere() == [b"b"] * 3
+
+    in_scene(disk, work)
+
+
 def test_a_peer_that_keeps_mounting_on_the_target_leaves_it_whole(disk: bytes) -> None:
-    """Whatever a swap comes to meanwhile: once the peer is gone, one generation is seen, and the next one follows."""
+    """Each swap is done, undone, not done, or refused as something lies there; nothing is left to be put in order."""
 
     def work(scene: Scene) -> None:
         scene.swap("a")
@@ -137,33 +242,28 @@ def test_a_peer_that_keeps_mounting_on_the_target_leaves_it_whole(disk: bytes) -
         top = mount_id(AT_FDCWD, scene.target)
         pid = os.fork()
         if pid == 0:
-            setns(peer.namespace, Clone.NEWNS)
-            while True:
-                mount_on(scene.target)
-                time.sleep(0.002)
-                take_off(scene.target)
-                time.sleep(0.02)
-        for number in range(6):
-            attempt(lambda number=number: scene.swap("ab"[number % 2], recover=True))  # type: ignore[misc]
+            try:
+                setns(peer.namespace, Clone.NEWNS)
+                while True:
+                    with contextlib.suppress(KernelError):  # it went in old's place
+                        mine = mount_on(scene.target).id
+                        time.sleep(0.002)
+                        if mount_id(AT_FDCWD, scene.target) == mine:
+                            take_off(scene.target)
+                    time.sleep(0.02)
+            finally:
+                os._exit(1)
+        for number in range(12):
+            told = attempt(lambda number=number: scene.swap("ab"[number % 2]))  # type: ignore[misc]
+            assert told is None or told.exit_code == 3 or told.code == "target-changed", told
         end(pid)
-        if read_or_none(scene.target + b"/which") is None:
+        if len(scene.mounts_at(b"")) > 1:
             take_off(scene.target)
-        told = attempt(lambda: tuckctl.recover(scene.target))
-        if told is None:
-            assert scene.everywhere() in ([b"a"] * 2, [b"b"] * 2)
-            assert [len(scene.mounts_at(b"", space)) for space in (None, peer)] == [1, 1]
-        told = attempt(lambda: scene.swap("c")) if told is None else told
-        if told is None:
-            assert scene.everywhere() == [b"c"] * 2
-            assert mount_id(AT_FDCWD, scene.target) != top
-        else:  # the peer's last mount may lie between the two: that is told, and nobody sees base
-            assert (told.exit_code, told.code) == (6, "receivers-left-behind")
-            assert {*scene.everywhere()} <= {b"a", b"b", b"c"}
-
-    def read_or_none(path: bytes) -> bytes | None:
-        try:
-            return read(path)
-        except (OSError, KernelError):
-            return None
+        assert scene.everywhere() in ([b"a"] * 2, [b"b"] * 2)
+        assert [len(scene.mounts_at(b"", space)) for space in (None, peer)] == [1, 1]
+        assert tuckctl.recover(scene.target).outcome == "unchanged"
+        scene.swap("c")
+        assert scene.everywhere() == [b"c"] * 2
+        assert mount_id(AT_FDCWD, scene.target) != top
 
     in_scene(disk, work)
