@@ -824,7 +824,8 @@ class Convergence:
         """Whether an interrupted attempt left all that is wanted beneath the receiver's mount, where it must stay."""
         found = look(stray.mount.parent_id)
         below = children(stray.mount.id)
-        if not (new.is_copy(found) or found.id in self._brought) or found.point != stray.mount.point or not below:
+        is_ours = new.is_copy(found) or found.id in self._brought or self._beneath.get(found.id) == stray.mount.id
+        if not is_ours or found.point != stray.mount.point or not below:
             return False
         mine = {mount.id for mount in below} | {stray.mount.id}
         there = [mount for mount in children(found.id) if mount.id not in mine]
@@ -836,6 +837,7 @@ class Convergence:
         stray.is_slave = bool(found.master)
         stray.is_placed = True
         self.converged[found.id] = stray.reason
+        self.remnants.discard(found.id)
         return True
 
     def _put_there(self, stray: _Stray, space: Fd, submounts: Sequence[tuple[bytes, Fd]], *, patient: bool) -> None:
@@ -863,13 +865,14 @@ class Convergence:
                 setns(space, Clone.NEWNS)
             seen = stack.enter_context(self._reach(stray))
             self._isolate(stray, stack)
+            identity = mount_id(tree)  # what is there is known, whatever fails after it
             move_mount(tree, seen, beneath=True)
+            stray.is_placed = True
+            self._tell_placed(identity, stray)
             if tree is not stray.clone:
                 stray.clone.close()
                 stray.clone = Fd(tree.release())
                 stray.names = [name for name, _ in submounts]
-            stray.is_placed = True
-            self._tell_placed(mount_id(stray.clone), stray)
 
     def _take_out_remains(self, stray: _Stray, space: Fd, new: New) -> None:
         """Take out what an interrupted attempt left beneath the receiver's mount, the lowest first."""
