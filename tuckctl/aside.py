@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tuckctl.bystanders import cover
 from tuckctl.errors import KernelError, UndoneError
+from tuckctl.frozen import changeable
 from tuckctl.kernel.flags import Clone, Propagation
 from tuckctl.kernel.syscalls import (
     attach,
@@ -52,7 +52,7 @@ OWN_FLAGS = "own-flags"
 """The reason of a receiver that was remounted with flags of its own: the reveal would bring new's."""
 
 
-@dataclass(slots=True)
+@changeable
 class _Aside:
     """One mount that was set aside, why, and a member of the peer group that it left."""
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from tuckctl.errors import UsageError
+from tuckctl.frozen import replace
 
 if TYPE_CHECKING:
     from tuckctl.images import Progress

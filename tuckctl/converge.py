@@ -11,14 +11,13 @@ import contextlib
 import errno
 import os
 import time
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 from tuckctl import stop
 from tuckctl.aside import Asides, Common
 from tuckctl.errors import IncompleteError, KernelError, UndoneError
-from tuckctl.frozen import frozen
+from tuckctl.frozen import changeable, frozen
 from tuckctl.holding import Seat
 from tuckctl.holding import find as find_holders
 from tuckctl.journal import mounted
@@ -90,7 +89,7 @@ class Based:
     peers: tuple[int, ...]
 
 
-@dataclass(slots=True)
+@changeable
 class _Stray:
     """One receiver on its way to new: how it was found, and how far it got."""
 
@@ -100,11 +99,11 @@ class _Stray:
     mount: Mount
     parent: Mount
     """The mount around it; before that was looked for, the receiver's own."""
-    clone: Fd = field(default_factory=lambda: Fd(-1))
+    clone: Fd
+    names: list[bytes]
+    """Where its submounts were attached to the clone."""
     is_slave: bool = False
     """Whether the clone is a slave of new."""
-    names: list[bytes] = field(default_factory=list)
-    """Where its submounts were attached to the clone."""
     ids: tuple[int, ...] = ()
     """Its id, and those of its submounts."""
     is_covered: bool = False
@@ -570,7 +569,7 @@ class Convergence:
                 told = self._recalled.get(mount.id)
                 if told is not None:
                     before = before._replace(peer_group=told.peer_group, master=told.master)
-                stray = _Stray(before, shown, reason, mount, mount)
+                stray = _Stray(before, shown, reason, mount, mount, Fd(-1), [])
                 if mount.id in self._lying:
                     lying = self._lying.pop(mount.id)
                     stray.clone, stray.reason, stray.ids = lying.release(), lying.reason, (mount.id,)

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tuckctl import stop
@@ -33,22 +32,21 @@ def _new_id() -> str:
     return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
-@dataclass(slots=True)
 class Course:
     """A transaction under way: its id, its log, the time of each phase, and the warnings so far."""
 
-    command: str
-    targets: tuple[bytes, ...]
-    transaction: str = field(default_factory=_new_id)
-    timings: dict[str, int] = field(default_factory=dict)
-    warnings: list[Problem] = field(default_factory=list)
-    phase: str = "look"
-    is_late: bool = False
-    """Whether the new content is seen already."""
-    so_far: tuple[TargetResult, ...] = ()
-    """What a failure's document tells of the targets."""
-    _begun: float = field(default_factory=time.perf_counter)
-    _since: float = field(default_factory=time.perf_counter)
+    def __init__(self, command: str, targets: tuple[bytes, ...]) -> None:
+        """Begin to look."""
+        self.command, self.targets = command, targets
+        self.transaction = _new_id()
+        self.timings: dict[str, int] = {}
+        self.warnings: list[Problem] = []
+        self.phase = "look"
+        self.is_late = False
+        """Whether the new content is seen already."""
+        self.so_far: tuple[TargetResult, ...] = ()
+        """What a failure's document tells of the targets."""
+        self._begun = self._since = time.perf_counter()
 
     @property
     def target(self) -> bytes:

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import time
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from tuckctl.errors import (
     UndoneError,
     UnsupportedError,
 )
-from tuckctl.frozen import frozen
+from tuckctl.frozen import changeable, frozen, replace
 from tuckctl.holding import Seat
 from tuckctl.holding import find as find_holders
 from tuckctl.kernel.fd import Fd
@@ -701,7 +700,7 @@ Look = tuple[tuple["Match", ...], tuple["Match", ...], int]
 """Who shows what is to be seen, who shows content from before, and how many namespaces could not be looked into."""
 
 
-@dataclass(slots=True, eq=False)
+@changeable
 class Part:
     """What one target has in a transaction: what is exchanged, who is brought along, and where it is noted."""
 

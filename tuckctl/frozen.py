@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frozen classes that cost nothing to define.
+"""Frozen classes that cost nothing to define, and others of which only the constructor is made for them.
 
 dataclasses compiles several functions for each class: for ours, that took longer than a swap, each
-time the command line started. These share theirs, and are dataclasses to whoever asks.
+time the command line started. These share theirs. The frozen ones are dataclasses to whoever asks.
 """
 
 from __future__ import annotations
@@ -80,12 +80,33 @@ _METHODS = {
 }
 
 
-@dataclass_transform(frozen_default=True)
-def frozen(cls: type[_T]) -> type[_T]:
-    """Make a class's annotated names its fields, given in their order or by name, and unchangeable."""
+def _with_fields(cls: type[_T]) -> type[_T]:
     names = tuple(cls.__annotations__)
     setattr(cls, "__match_args__", names)  # noqa: B010 - no class declares it
     setattr(cls, "_frozen_defaults", {name: vars(cls)[name] for name in names if name in vars(cls)})  # noqa: B010
+    return cls
+
+
+@dataclass_transform(frozen_default=True)
+def frozen(cls: type[_T]) -> type[_T]:
+    """Make a class's annotated names its fields, given in their order or by name, and unchangeable."""
     for name, method in _METHODS.items():
         setattr(cls, name, method)
-    return cls
+    return _with_fields(cls)
+
+
+@dataclass_transform(eq_default=False)
+def changeable(cls: type[_T]) -> type[_T]:
+    """Make a class's annotated names what its constructor takes, in their order or by name; each is only itself."""
+    setattr(cls, "__init__", _init)  # noqa: B010 - no class declares it
+    return _with_fields(cls)
+
+
+def replace(instance: _T, **changes: Any) -> _T:
+    """Return a copy with some fields changed, as dataclasses.replace does; of a class of either kind."""
+    return type(instance)(**{**vars(instance), **changes})
+
+
+def fields_of(instance: object) -> dict[str, Any]:
+    """Return the fields by name, in their order; of a class of either kind."""
+    return {name: getattr(instance, name) for name in type(instance).__match_args__}  # type: ignore[attr-defined]

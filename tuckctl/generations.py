@@ -10,12 +10,11 @@ import functools
 import json
 import os
 import re
-from dataclasses import asdict
 from typing import Any, TypeVar
 
 from tuckctl.durable import Draft, parse_json, prepare_directory, read_file, state_error
 from tuckctl.errors import RefusedError
-from tuckctl.frozen import frozen
+from tuckctl.frozen import fields_of, frozen
 from tuckctl.kernel.syscalls import show
 from tuckctl.results import Caller
 
@@ -116,6 +115,8 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if isinstance(value, ImageRecord | Caller):
+        return _plain(fields_of(value))
     return value
 
 
@@ -291,13 +292,13 @@ class Records:
     def draft(self, generation: Generation) -> Draft:
         """Write a generation's record, to be published later."""
         prepare_directory(self.directory)
-        document = {"format": FORMAT} | _plain(asdict(generation))
+        document = {"format": FORMAT} | _plain(fields_of(generation))
         return Draft(self.directory, f"{generation.number}.json", json.dumps(document, indent=1).encode())
 
     def draft_current(self, current: Current) -> Draft:
         """Write what is to be live, to be published when it is."""
         prepare_directory(self.directory)
-        return Draft(self.directory, "current.json", json.dumps(asdict(current)).encode())
+        return Draft(self.directory, "current.json", json.dumps(fields_of(current)).encode())
 
     def write(self, generation: Generation) -> None:
         """Record a generation; after a loss of power it is there as a whole or not at all, until one is published."""

@@ -13,12 +13,11 @@ import contextlib
 import errno
 import json
 import os
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tuckctl.durable import is_none, parse_json, read_file, state_error, unsigned
 from tuckctl.errors import KernelError
-from tuckctl.frozen import frozen
+from tuckctl.frozen import frozen, replace
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import MountAttr, Propagation
 from tuckctl.kernel.syscalls import Mount, reserve_room, show

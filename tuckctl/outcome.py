@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tuckctl import holding
 from tuckctl.errors import KernelError, PartialError, TuckError
+from tuckctl.frozen import replace
 from tuckctl.kernel.syscalls import show
 from tuckctl.receivers import UNLOCKED, content_of, copies_of, describe, observe, remedies, unlocked, unseen_remedy
 from tuckctl.results import Holder, Receiver, TargetResult, TransactionResult, infos

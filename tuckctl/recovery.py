@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,7 +17,7 @@ from tuckctl import pins
 from tuckctl.converge import Convergence, brought_to
 from tuckctl.errors import IncompleteError, KernelError, TuckError
 from tuckctl.exchange import Look, Revealed, converge
-from tuckctl.frozen import frozen
+from tuckctl.frozen import frozen, replace
 from tuckctl.generations import Current, boot_id
 from tuckctl.holding import read_replaced
 from tuckctl.journal import Entry, Journal, Mounted

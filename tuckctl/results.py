@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import binascii
 import os
-from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tuckctl.frozen import frozen
+from tuckctl.frozen import fields_of, frozen
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -302,15 +301,14 @@ def _is_utf8(name: bytes) -> bool:
 
 def as_json(document: Any) -> Any:
     """Turn a document into what json.dumps takes; a name that is not UTF-8 gets a field beside it in base64."""
-    if is_dataclass(document) and not isinstance(document, type):
+    if hasattr(document, "__match_args__"):
         out: dict[str, Any] = {}
-        for item in fields(document):
-            value = getattr(document, item.name)
-            out[item.name] = as_json(value)
+        for name, value in fields_of(document).items():
+            out[name] = as_json(value)
             names = (value,) if isinstance(value, bytes) else value if isinstance(value, tuple) else ()
-            if any(isinstance(name, bytes) and not _is_utf8(name) for name in names):
-                coded = [binascii.b2a_base64(name, newline=False).decode() for name in names]
-                out[f"{item.name}_b64"] = coded[0] if isinstance(value, bytes) else coded
+            if any(isinstance(each, bytes) and not _is_utf8(each) for each in names):
+                coded = [binascii.b2a_base64(each, newline=False).decode() for each in names]
+                out[f"{name}_b64"] = coded[0] if isinstance(value, bytes) else coded
         return out
     if isinstance(document, bytes):
         return text(document)

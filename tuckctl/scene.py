@@ -7,11 +7,10 @@ import contextlib
 import errno
 import os
 import stat
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import IncompleteError, KernelError, RefusedError, UsageError
-from tuckctl.frozen import frozen
+from tuckctl.frozen import changeable, frozen, replace
 from tuckctl.generations import Current, Records, boot_id
 from tuckctl.journal import Journal
 from tuckctl.kernel.fd import Fd
@@ -58,7 +57,7 @@ def is_recorded_content(places: Places, mount: Mount) -> bool:
     return current is not None and (current.boot_id, current.mount_id) == (boot_id(), mount.id)
 
 
-@dataclass(slots=True)
+@changeable
 class Scene:
     """One target under its lock: what is mounted, what is on record, what is live."""
 

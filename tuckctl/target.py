@@ -10,12 +10,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tuckctl.ancestry import find_weakness
 from tuckctl.errors import KernelError, RefusedError
-from tuckctl.frozen import frozen
+from tuckctl.frozen import changeable, frozen
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Resolve, StatMount, Umount
 from tuckctl.kernel.syscalls import (
     Mount,
@@ -121,7 +120,7 @@ def children(identity: int, namespace_id: int = 0) -> list[Mount]:
     return found
 
 
-@dataclass(slots=True)
+@changeable
 class Target:
     """A directory whose content is to be replaced; owns a descriptor of the directory around it."""
 

@@ -7,7 +7,6 @@ import contextlib
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from tuckctl.errors import (
     UndoneError,
 )
 from tuckctl.exchange import Exchange, HalfwayError, Part, converge, run, take_off
+from tuckctl.frozen import changeable, replace
 from tuckctl.generations import Current, Generation, ImageRecord
 from tuckctl.images import Image, Store
 from tuckctl.journal import Journal, interrupted, whole
@@ -113,7 +113,7 @@ def _alone(work: Callable[[bytes, Request], TransactionResult]) -> Callable[[Ask
     return lambda asked: work(*asked[0])
 
 
-@dataclass(slots=True)
+@changeable
 class Turn:
     """One target's part in a transaction: how it is, what it is to show, and the exchange of the two."""
 
@@ -195,7 +195,7 @@ def _record_and_exchange(
         raise
 
 
-@dataclass(slots=True)
+@changeable
 class _Wanted:
     """What a target is to show, found and checked; nothing is touched yet."""
 
@@ -821,7 +821,7 @@ def _prepare(stack: contextlib.ExitStack, scene: Scene, new: Fd, carriage: Carri
     return exchange
 
 
-@dataclass(slots=True)
+@changeable
 class _Enlisted:
     """A turn that is about to be taken: its records as drafts, and what is kept to go back to."""
 

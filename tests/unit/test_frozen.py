@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 
-from tuckctl.frozen import frozen
+from tuckctl.frozen import changeable, frozen, replace
 
 
 @frozen
@@ -72,3 +72,27 @@ def test_they_can_be_copied_pickled_matched_and_printed() -> None:
     match point:
         case Point(x, y):
             assert (x, y) == (1, 3)
+
+
+@changeable
+class Work:
+    name: str
+    done: int = 0
+
+
+def test_who_may_be_changed_is_only_itself() -> None:
+    work = Work("a")
+    work.done += 1
+    assert (work.name, work.done) == ("a", 1)
+    assert work != Work("a", 1)
+    with pytest.raises(TypeError):
+        Work()  # type: ignore[call-arg]
+
+
+def test_a_copy_may_differ() -> None:
+    assert replace(Point(1, 3), y=4) == Point(1, 4)
+    with pytest.raises(TypeError):
+        replace(Point(1, 3), z=4)
+    work = Work("a", 1)
+    other = replace(work, done=2)
+    assert (work.done, other.name, other.done) == (1, "a", 2)

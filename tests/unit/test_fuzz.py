@@ -170,7 +170,7 @@ def test_any_json_is_a_record_or_damaged(value: Any) -> None:
 def test_of_a_spoiled_entry_in_the_digest_cache_nothing_is_believed(noise: list[tuple[int, bytes]]) -> None:
     text = b"%d %d %d %s own" % (4096, 10**18, 10**18 + 1, b"5e" * 32)
     entry = b"%s %08x\n" % (text, zlib.crc32(text))
-    stamp = Stamp(4096, 10**18, 10**18 + 1)
+    stamp = Stamp(4096, 10**18, 10**18 + 1, 1)
     assert _read_entry(entry, stamp, b"own") == "5e" * 32
     content = spoiled(entry, noise)
     assert (_read_entry(content, stamp, b"own") is None) == (content != entry)

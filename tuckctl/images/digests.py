@@ -8,13 +8,13 @@ import re
 import stat
 import time
 import zlib
+from _queue import SimpleQueue
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import TuckError
+from tuckctl.frozen import frozen
 from tuckctl.images.drafts import Draft, is_leftover, open_own_directory, open_own_subdirectory
 from tuckctl.images.formats import Flaw
 from tuckctl.kernel.fd import Fd
@@ -44,14 +44,14 @@ _OWN = b"own"
 _FORGETFUL = frozenset({"tmpfs", "devtmpfs", "ramfs", "overlay"})
 
 
-@dataclass(frozen=True, slots=True)
+@frozen
 class Stamp:
     """What changes when a file does: bytes, and the times of its last changes in ns. Its links are its names."""
 
     size: int
     mtime_ns: int
     ctime_ns: int
-    links: int = field(default=1, compare=False)
+    links: int
 
     @classmethod
     def of(cls, file: Fd) -> Stamp:
@@ -309,5 +309,5 @@ def _read_entry(entry: bytes, stamp: Stamp, place: bytes) -> str | None:
     match = _ENTRY.fullmatch(entry)
     if match is None or zlib.crc32(entry[: match.start(6) - 1]) != int(match[6], 16):
         return None
-    recorded = Stamp(int(match[1]), int(match[2]), int(match[3]))
-    return match[4].decode("ascii") if recorded == stamp and match[5] == place else None
+    is_same = tuple(map(int, match.group(1, 2, 3))) == (stamp.size, stamp.mtime_ns, stamp.ctime_ns)
+    return match[4].decode("ascii") if is_same and match[5] == place else None

@@ -12,7 +12,6 @@ import contextlib
 import functools
 import os
 import shlex
-import string
 import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -43,7 +42,7 @@ _EOVERFLOW = 75
 _ENAMETOOLONG = 36
 _EINVAL = 22
 _STRINGS = 512
-_PLAIN = frozenset(string.ascii_letters + string.digits + "_@%+=:,./-")
+_PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+=:,./-")
 # A thousand mounts have few different flags, and an enum's member takes longer to find than a mount.
 _attributes = functools.lru_cache(maxsize=256)(MountAttr)
 _propagation = functools.lru_cache(maxsize=256)(Propagation)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import errno
 import os
+from _queue import SimpleQueue  # what queue.SimpleQueue is, without the rest of that module
 from _thread import start_new_thread
 from functools import partial
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Generic, TypeVar
 from weakref import ref
 
