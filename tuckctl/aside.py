@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from tuckctl.journal import Journal
     from tuckctl.kernel.fd import Fd
+    from tuckctl.kernel.flags import MountAttr
     from tuckctl.kernel.syscalls import Match, Mount
     from tuckctl.relations import New
     from tuckctl.switchboard import Switchboard
@@ -64,7 +65,10 @@ class _Aside:
     reason: str = ""
     match: Match | None = None
     """How it was found, if it is a receiver."""
+    is_apart: bool = False
+    """Whether it does not follow anyway, and would lose what goes with old's submounts."""
     member: Fd | None = None
+    """One of the peer group that it left, if it left one."""
 
 
 class Asides:
@@ -86,6 +90,8 @@ class Asides:
         self._asides: dict[int, _Aside] = {}
         self.locked: set[int] = set()
         """The ids of the mounts that were put where the root of another user namespace cannot take them off."""
+        self.inside: dict[tuple[int, int], MountAttr | None] = {}
+        """The superblocks of what is replaced with old, as it lies on it, and the flags of that."""
         self._users = os.stat("/proc/thread-self/ns/user").st_ino
 
     def __bool__(self) -> bool:
@@ -128,12 +134,17 @@ class Asides:
             for match in found.alone
             if match.mount_id in covers
         ]
-        if self._journal is not None and (asides or others):
-            self._journal.step("aside", [aside.match for aside in asides if aside.match is not None])
-        out_of_reach = self._tap([*asides, *others])
+        related = [match for match in found.stale if self._is_related(match)]
         # Whether old has submounts is asked only where it matters: the kernel looks at the whole namespace for it.
-        isolate = bool(asides) and self._old is not None and bool(children(self._old.id))
-        for aside, space in in_spaces([*asides, *others]):
+        isolate = bool(asides or related) and self._old is not None and bool(children(self._old.id))
+        apart = [
+            _Aside(match.namespace_id, match.mount_id, match.owner, 0, match=match, is_apart=True)
+            for match in (related if isolate else ())
+        ]
+        if self._journal is not None and (asides or others or apart):
+            self._journal.step("aside", [aside.match for aside in (*asides, *apart) if aside.match is not None])
+        out_of_reach = self._tap([*asides, *others])
+        for aside, space in in_spaces([*asides, *others, *apart]):
             if aside.reason == LOCKED and aside.mount_id in out_of_reach:
                 continue  # it follows as it is, which is a hazard
             self._asides[aside.mount_id] = aside
@@ -142,8 +153,8 @@ class Asides:
             except KernelError as error:
                 if is_gone(aside.mount_id, aside.namespace_id):
                     continue
-                if aside.reason == LOCKED:
-                    del self._asides[aside.mount_id]  # it follows as it is, which is a hazard
+                if aside.reason == LOCKED or aside.is_apart:
+                    del self._asides[aside.mount_id]  # it follows as it is, which is a hazard, or stays as it is
                     continue
                 raise UndoneError(
                     "receiver-cannot-be-kept",
@@ -153,10 +164,15 @@ class Asides:
                 ) from error
         return Arrival(
             tuple(match for match in found.follow if match.mount_id not in self._asides),
-            (*found.stale, *(aside.match for aside in self._asides.values() if aside.match is not None)),
+            (*found.stale, *(each.match for each in self._asides.values() if each.match and not each.is_apart)),
             tuple(match for match in found.alone if match.mount_id not in covers),
             found.unseen,
         )
+
+    def _is_related(self, match: Match) -> bool:
+        """Whether what is unmounted on old goes from a receiver as well."""
+        group = self._old.peer_group if self._old is not None else 0
+        return bool(group) and group in (match.peer_group, match.master)
 
     def is_foreign(self, match: Match) -> bool:
         """Whether a receiver is in another user namespace, whose root must not be able to take it off."""
@@ -258,11 +274,17 @@ class Asides:
             return None
         if (match.above or common) and _submounts(match) != common:
             return OWN_SUBMOUNT if match.above else "private"
-        if match.attributes != self._old.attributes:
+        if match.attributes != self._old.attributes or (self.inside and self._has_own_flags_inside(match)):
             return OWN_FLAGS
         if excepted(match):
             return "private"
         return LOCKED if self.is_foreign(match) else None
+
+    def _has_own_flags_inside(self, match: Match) -> bool:
+        return any(
+            mount.device in self.inside and mount.attributes != self.inside[mount.device]
+            for mount in children(match.mount_id, match.namespace_id)
+        )
 
     def _keep_apart(self, aside: _Aside, space: Fd, *, isolate: bool) -> None:
         setns(space, Clone.NEWNS)
@@ -301,7 +323,7 @@ class Asides:
                 with reach(mount.point, mount.id) as seen:
                     move_mount_set_group(aside.member, seen)
                 aside.member = None
-            if new.is_copy(below):
+            if aside.is_apart or new.is_copy(below):
                 return
             try:
                 with (

@@ -26,7 +26,7 @@ from tuckctl.places import Places
 from tuckctl.reports import answering
 from tuckctl.request import Request
 from tuckctl.results import Boot, BootedTarget, Problem
-from tuckctl.scene import open_scene, opened_base, opened_beneath
+from tuckctl.scene import open_scene, opened_bottom
 from tuckctl.transaction import put_in_place, recorded, remake
 
 if TYPE_CHECKING:
@@ -131,9 +131,7 @@ def _mount(path: bytes, places: Places) -> tuple[int | None, tuple[Problem, ...]
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=False, nested=True))
         if scene.live.old is not None:
             return scene.live.generation, ()
-        bottom = stack.enter_context(opened_beneath(scene.target, places))
-        if bottom is None:
-            bottom = stack.enter_context(opened_base(scene))
+        bottom = stack.enter_context(opened_bottom(scene, places))
         course.enter("images")
         stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
         failures: dict[int, TuckError] = {}

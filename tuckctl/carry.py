@@ -16,10 +16,12 @@ from __future__ import annotations
 
 import errno
 import os
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError, RefusedError
-from tuckctl.frozen import frozen
+from tuckctl.frozen import frozen, replace
+from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import Propagation, Resolve
 from tuckctl.kernel.syscalls import (
     attach,
@@ -31,15 +33,15 @@ from tuckctl.kernel.syscalls import (
     quoted,
     show,
 )
+from tuckctl.overlay import is_ours
 from tuckctl.spaces import is_folder, walk
 from tuckctl.target import look, submounts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
-    from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.syscalls import Mount
     from tuckctl.target import Target
 
@@ -52,6 +54,8 @@ class Carried:
     clone: Fd
     parent: Mount | None
     place: bytes
+    is_new: bool = False
+    """Whether nothing is mounted there yet."""
 
     @property
     def shared(self) -> bool:
@@ -67,10 +71,11 @@ class Carried:
 class Carriage:
     """The clones of a target's submounts; owns their descriptors."""
 
-    def __init__(self, target: Target, carried: Sequence[Carried]) -> None:
-        """Own the clones, parents before their children."""
+    def __init__(self, target: Target, carried: Sequence[Carried], targets: Iterable[bytes] = ()) -> None:
+        """Own the clones, parents before their children; `targets` are the places of those that are targets."""
         self.target = target
         self.carried = tuple(carried)
+        self._targets = frozenset(targets)
 
     def __len__(self) -> int:
         """Return how many submounts are carried."""
@@ -87,6 +92,16 @@ class Carriage:
         for item in self.carried:
             item.clone.close()
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether one of them is the new content of another target."""
+        return bool(self._targets)
+
+    @property
+    def below(self) -> list[Mount]:
+        """The submounts as they are now."""
+        return [item.mount for item in self.carried if not item.is_new]
+
     def _onto(self, item: Carried, new: Fd) -> Fd:
         if item.parent is None:
             return new
@@ -98,10 +113,13 @@ class Carriage:
             with openat2(self._onto(item, new), item.place, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as place:
                 there = is_folder(place)
         except KernelError as error:
+            is_target = item.mount.point in self._targets or is_ours(item.mount.source)
             raise RefusedError(
                 "submount-has-no-place",
-                f"{where} is mounted in the target, and the new content has no such path",
-                f"umount {quoted(item.mount.point)}, or add the path to the image",
+                f"{where} is {'a target' if is_target else 'mounted'} in the target {show(self.target.path)}, and the"
+                " new content of that has no such path",
+                f"{'tuckctl detach' if is_target else 'umount'} {quoted(item.mount.point)}, or add the path to the"
+                " image",
             ) from error
         if there != is_folder(item.clone):
             raise RefusedError(
@@ -122,7 +140,11 @@ class Carriage:
 
     def common(self, *, parent_shared: bool) -> frozenset[tuple[bytes, tuple[int, int], bytes]]:
         """Return the submounts that every receiver has of old: where, of what superblock, which part of it."""
-        here = [item.mount for item in self.carried if parent_shared and item.shared and not item.onto_alone]
+        here = [
+            item.mount
+            for item in self.carried
+            if parent_shared and item.shared and not (item.onto_alone or item.is_new)
+        ]
         return frozenset((mount.point[len(self.target.path) + 1 :], mount.device, mount.root) for mount in here)
 
     def shared(self, *, parent_shared: bool) -> list[tuple[bytes, Fd]]:
@@ -150,7 +172,7 @@ class Carriage:
             onto = self._onto(item, new)
             if item.parent is None or item.onto_alone:
                 attach(item.clone, onto, item.place)
-            elif on_top:
+            elif on_top and item.parent.point not in self._targets:
                 _attach_alone(item, onto)
             else:
                 mount_setattr(onto, propagation=Propagation.PRIVATE)
@@ -210,18 +232,40 @@ def _clone(target: Target, mount: Mount) -> Fd:
         raise _refuse("submount-cannot-be-copied", mount, why, "unmount it first") from error
 
 
-def gather(target: Target) -> Carriage:
-    """Clone what is mounted below the target. Raises RefusedError, naming the submount that cannot be."""
+def _is_beneath(mount: Mount, others: Sequence[Mount]) -> bool:
+    return any(other.parent_id == mount.parent_id and mount.point.startswith(other.point + b"/") for other in others)
+
+
+def gather(target: Target, instead: Mapping[bytes, Fd] = MappingProxyType({})) -> Carriage:
+    """Clone what is mounted below the target. Raises RefusedError, naming the submount that cannot be.
+
+    `instead` are detached mounts that are to come to places below it, instead of what is mounted there, if anything is.
+    """
+    below = submounts(target)
+    if target.top is None:
+        # What lies out of sight beneath one of them stays where it is.
+        below = [mount for mount in below if not (is_ours(mount.source) and _is_beneath(mount, below))]
+    added = instead.keys() - {mount.point for mount in below}
+    holder = target.top or target.around
+    for path in added:
+        # It is shared wherever new is.
+        below.append(replace(holder, id=mount_id(instead[path]), point=path, peer_group=1, propagation=Propagation(0)))
+    below.sort(key=lambda mount: mount.point.count(b"/"))
     carried: list[Carried] = []
-    known: dict[int, Mount] = {}
     try:
-        for mount in submounts(target):
-            parent = known.get(mount.parent_id)
+        for mount in below:
+            around = [item.mount for item in carried if mount.point.startswith(item.mount.point + b"/")]
+            parent = max(around, key=lambda each: len(each.point), default=None)
             above = parent.point if parent else target.path
-            carried.append(Carried(mount, _clone(target, mount), parent, mount.point[len(above) + 1 :]))
-            known[mount.id] = mount
+            if mount.point in instead:
+                if mount.point not in added:
+                    _clone(target, mount).close()  # it is seen to be one that can be replaced
+                clone = Fd(os.dup(instead[mount.point].fileno()))
+            else:
+                clone = _clone(target, mount)
+            carried.append(Carried(mount, clone, parent, mount.point[len(above) + 1 :], is_new=mount.point in added))
     except BaseException:
         for item in carried:
             item.clone.close()
         raise
-    return Carriage(target, carried)
+    return Carriage(target, carried, instead)

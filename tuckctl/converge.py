@@ -14,10 +14,11 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from tuckctl import stop
+from tuckctl import hidden, stop
 from tuckctl.aside import Asides, Common
 from tuckctl.errors import IncompleteError, KernelError, UndoneError
 from tuckctl.frozen import changeable, frozen
+from tuckctl.hidden import is_hidden
 from tuckctl.holding import Seat
 from tuckctl.holding import find as find_holders
 from tuckctl.journal import mounted
@@ -29,6 +30,7 @@ from tuckctl.kernel.syscalls import (
     mount_id,
     mount_setattr,
     move_mount,
+    namespace_id,
     open_tree,
     open_tree_attr,
     openat2,
@@ -192,6 +194,11 @@ class Convergence:
         self._is_placing = False
         self._known: New | None = None
         self._ids: tuple[int, int] | None = None
+        self.within: list[Convergence] = []
+        """Those of the targets that lie in this one, and are replaced with it."""
+        self.carried: dict[int, str] = {}
+        """Receivers whose mounts go with another target's, where new has come with that one's, by their ids: why."""
+        self._places: dict[tuple[int, bytes], str] = {}
         self.doubted: tuple[Match, ...] = ()
         """Who may show what is replaced, or the same on another account: nobody may touch them."""
         self._doubted = {mount.id for content in left for mount in content.mounts if not mount.point}
@@ -233,6 +240,11 @@ class Convergence:
         return tuple(shown.device for shown in self._shown)
 
     @property
+    def shown(self) -> Sequence[_Shown]:
+        """What is replaced."""
+        return self._shown
+
+    @property
     def locked(self) -> set[int]:
         """The ids of the mounts that the root of another user namespace cannot take off."""
         return self._asides.locked
@@ -267,10 +279,20 @@ class Convergence:
         self._before = {match.mount_id: match for match in matches}
         self._relations.note_masters(self._before.values())
 
+    def note_relations(self, matches: Iterable[Match]) -> None:
+        """Write what these receivers are to the others, which ends as soon as old is off. Raises TuckError."""
+        related = [match for match in matches if match.peer_group or match.master]
+        if related and self._journal is not None:
+            self._journal.step("aside", related)
+
     def know(self, slaves: Iterable[int], peers: Iterable[int], remnants: Iterable[int] = ()) -> None:
         """Take who among those that were left on earlier content was a slave, or a peer, of it; and what lies there."""
         self._relations.slaves, self._relations.peers = frozenset(slaves), frozenset(peers)
         self.remnants |= set(remnants)
+
+    def note_followers(self, pairs: Iterable[tuple[Match, Match]]) -> None:
+        """Note copies of old, each with the one of new that stands in its stead."""
+        self._relations.note_followers({old.peer_group: new for old, new in pairs if old.peer_group})
 
     def slaves(self) -> tuple[int, ...]:
         """Return who was a slave of old, or of the content before, by the ids of their mounts."""
@@ -326,6 +348,7 @@ class Convergence:
         `new` are the copies of new by their ids; for the others and the errors see `Asides.set_aside`.
         """
         self.note_before((*found.follow, *found.stale))
+        self._asides.inside = {shown.device: shown.attributes for inner in self.within for shown in inner.shown}
         found = self._asides.set_aside(found, common, carriers=carriers, excepted=self.excepted)
         self._relations.note_followers(
             {m.peer_group: new[m.parent_id] for m in found.follow if m.peer_group and m.parent_id in new}
@@ -792,7 +815,11 @@ class Convergence:
                 self._wait_until_unused(stray, (stray.mount.id,), patient=patient)
             if is_folder(seen) != is_folder(stray.clone):
                 raise _NoPlaceError
-            submounts = [(name, stack.enter_context(tree)) for name, tree in _submounts(stray, seen)]
+            submounts = []
+            for name, tree in _submounts(stray, seen):
+                stack.enter_context(tree)
+                instead = self._carried_instead(stray, name, space, self._board) if self.within else None
+                submounts.append((name, tree if instead is None else stack.enter_context(instead)))
             for name, tree in submounts:
                 _refuse_without_place(stray.clone, name, tree)
             seen.close()  # it would be a holder
@@ -800,6 +827,105 @@ class Convergence:
                 self._put_there(stray, space, submounts, patient=patient)
             else:
                 self._put_beneath(stray, space, submounts)
+
+    def _carried_instead(self, stray: _Stray, name: bytes, space: Fd, board: Switchboard) -> Fd | None:
+        """Return what is to come with new to a place in a receiver: the new content of a target that lies there.
+
+        None where that is not replaced, or has to be brought by itself. Raises _NoPlaceError where it cannot be then.
+        """
+        inner = {each: mount for mount in children(stray.mount.id) for each in self.within if mount.id in each.before}
+        place = stray.mount.point + b"/" + name
+        for each, mount in inner.items():
+            if mount.point == place and mount.parent_id == stray.mount.id:
+                clone = each.clone_for(mount, space, stray.reason, board)
+                if clone is not None:
+                    return clone
+        if self._is_placing and any((mount.point + b"/").startswith(place + b"/") for mount in inner.values()):
+            raise _NoPlaceError
+        return None
+
+    def clone_for(self, mount: Mount, space: Fd, reason: str, board: Switchboard) -> Fd | None:
+        """Clone new for a receiver that lies on another target's content, with what is mounted on it there.
+
+        The thread is in the receiver's namespace `space`; `board` is that of the other target. None where the receiver
+        is in a peer group that is not old's.
+        """
+        match = self._before.get(mount.id)
+        shown = next((each for each in self._shown if each.device == mount.device), None)
+        if match is None or shown is None or self.excepted(match) or mount.id in self._doubted:
+            return None
+        if match.peer_group and not self._relations.is_peer_of_old(match):
+            return None
+        stray = _Stray(match, shown, reason, mount, mount, Fd(-1), [])
+        try:
+            insist(partial(self._clone_with_submounts, stray, space, board))
+        except (_NoPlaceError, KernelError):
+            return None
+        self.carried[mount.id] = reason
+        self._places[match.namespace_id, mount.point] = reason
+        self.replaced |= dict.fromkeys(stray.ids, Seat(mount.point, relative(mount.root, shown.root)))
+        return stray.clone
+
+    def _clone_with_submounts(self, stray: _Stray, space: Fd, board: Switchboard) -> None:
+        mount = stray.mount
+        setns(space, Clone.NEWNS)
+        try:
+            with contextlib.ExitStack() as stack:
+                seen = stack.enter_context(reach(mount.point, mount.id))
+                submounts = []
+                for name, tree in _submounts(stray, seen):
+                    stack.enter_context(tree)
+                    instead = self._carried_instead(stray, name, space, board) if self.within else None
+                    submounts.append((name, tree if instead is None else stack.enter_context(instead)))
+                setns(self._board.home, Clone.NEWNS)
+                new = self._look_at_new()
+                self._clone(stray, new)
+                self._relate(stray, new)
+                for name, tree in submounts:
+                    _refuse_without_place(stray.clone, name, tree)
+                if submounts:
+                    stack.enter_context(stray.clone)
+                    stray.clone = _with_submounts(board, stray.clone, submounts, space)
+        except BaseException:
+            stray.clone.close()
+            raise
+        finally:
+            insist(partial(setns, space, Clone.NEWNS))
+
+    @property
+    def before(self) -> Mapping[int, Match]:
+        """Receivers as they were before the reveal, by their ids."""
+        return self._before
+
+    def note_carried(self, receivers: Iterable[Match]) -> None:
+        """Note which of those who show new got it with another target's."""
+        for match in receivers if self._places else ():
+            with contextlib.suppress(KernelError):
+                point = look(match.mount_id, match.namespace_id).point
+                if (match.namespace_id, point) in self._places:
+                    self.converged.setdefault(match.mount_id, self._places[match.namespace_id, point])
+
+    def replace_hidden(self, matches: Iterable[Match]) -> None:
+        """Have those show new, too, that lie beneath another target's content, where nobody sees them yet."""
+        wanted = [
+            match
+            for match in matches
+            if match.mount_id not in self._doubted and not self.excepted(match) and is_hidden(match)
+        ]
+        home = namespace_id(self._board.home)
+        for match in wanted:
+            if match.namespace_id == home:
+                self._board.lend(look(match.parent_id))
+        for match, space in in_spaces(wanted):
+            with contextlib.suppress(KernelError, OSError), contextlib.ExitStack() as stack:
+                mount = look(match.mount_id, match.namespace_id)
+                if not any(mount.root == shown.root for shown in self._shown if shown.device == mount.device):
+                    continue  # it shows a part
+                clone = None
+                if not self.is_to_base:
+                    clone = stack.enter_context(open_tree(self._look_at_new().whole, clone=True))
+                hidden.replace(match, space, self._board, clone, is_foreign=self._asides.is_foreign(match))
+                self.replaced[mount.id] = Seat(mount.point, b"")
 
     def _put_layer(self, stray: _Stray, layer: Mount, space: Fd, new: New) -> None:
         """Put back what lay beneath a receiver, and was taken out for the moment."""
@@ -859,7 +985,7 @@ class Convergence:
         with contextlib.ExitStack() as stack:
             tree = stray.clone
             if submounts:
-                tree = stack.enter_context(self._with_submounts(stray.clone, submounts))
+                tree = stack.enter_context(_with_submounts(self._board, stray.clone, submounts, space))
                 self._note([stray], mount_id(tree))
                 setns(space, Clone.NEWNS)
             seen = stack.enter_context(self._reach(stray))
@@ -898,14 +1024,6 @@ class Convergence:
             return True
         ours = mount.source == BLANK or any(mount.device == shown.device for shown in self._shown if not shown.is_base)
         return ours and self._asides.is_foreign(stray.match)
-
-    def _with_submounts(self, clone: Fd, submounts: Sequence[tuple[bytes, Fd]]) -> Fd:
-        """Return a copy of a clone with the receiver's submounts on it: what is put in its place is whole at once."""
-        with contextlib.ExitStack() as stack:
-            copies = [
-                (name, stack.enter_context(open_tree(tree, clone=True, recursive=True))) for name, tree in submounts
-            ]
-            return self._board.assembled(clone, copies)
 
     def _isolate(self, stray: _Stray, stack: contextlib.ExitStack) -> None:
         """Keep what is done on the mount around the receiver's from its peers, as long as the stack is open."""
@@ -1131,6 +1249,31 @@ def _flags(stray: _Stray, new: MountAttr) -> tuple[MountAttr, MountAttr]:
 
 def _told(mount: Mount) -> tuple[bytes, tuple[int, int], bytes]:
     return mount.point, mount.device, mount.root
+
+
+def _with_submounts(board: Switchboard, clone: Fd, submounts: Sequence[tuple[bytes, Fd]], space: Fd) -> Fd:
+    """Return a copy of a clone with a receiver's submounts on it: what is put in its place is whole at once."""
+    with contextlib.ExitStack() as stack:
+        try:
+            copies = [(name, stack.enter_context(_copy(board, tree, space))) for name, tree in submounts]
+            return board.assembled(clone, copies)
+        finally:
+            insist(partial(setns, space, Clone.NEWNS))
+
+
+def _copy(board: Switchboard, tree: Fd, space: Fd) -> Fd:
+    """Copy a detached tree: a receiver's from its namespace `space`, or what is to come there instead.
+
+    The kernel has it copied only in the namespace that it was cloned in (may_copy_tree in fs/namespace.c).
+    """
+    for namespace in (space, board.home):
+        setns(namespace, Clone.NEWNS)
+        try:
+            return open_tree(tree, clone=True, recursive=True)
+        except KernelError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return board.copied(tree)
 
 
 def _submounts(stray: _Stray, seen: Fd) -> Iterator[tuple[bytes, Fd]]:

@@ -29,7 +29,7 @@ from tuckctl.processes import by_namespace, command_of, oldest, owner_of, remedy
 from tuckctl.receivers import UNLOCKED, copies_of, doubtful, left_behind, observe, reason_of, unlocked, unseen_remedy
 from tuckctl.reports import answering
 from tuckctl.results import Doctor, Feature, Finding
-from tuckctl.scene import effective_capabilities, is_recorded_content, mounts_around, refuse_copy
+from tuckctl.scene import contents_around, effective_capabilities, is_target, refuse_copy
 from tuckctl.target import children, look, open_base, open_target, submounts
 
 if TYPE_CHECKING:
@@ -159,9 +159,8 @@ class _Visit:
 
     def _examine(self, target: Target) -> None:
         places = Places.as_named()
-        around = mounts_around(target)
-        recorded = self._barred(lambda: [mount for mount in around if is_recorded_content(places, mount)])
-        self._barred(lambda: refuse_nested(target, around, recorded or []))
+        outer = self._barred(lambda: [] if is_target(places, target) else contents_around(places, target))
+        self._barred(lambda: refuse_nested(target, outer or []))
         self._look_at_places(places, target)
         namespace = os.stat("/proc/thread-self/ns/mnt").st_ino
         # Of what a swap would refuse to replace, what is seen is looked at.

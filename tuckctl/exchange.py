@@ -23,6 +23,7 @@ from tuckctl.errors import (
     UnsupportedError,
 )
 from tuckctl.frozen import changeable, frozen, replace
+from tuckctl.hidden import is_hidden
 from tuckctl.holding import Seat
 from tuckctl.holding import find as find_holders
 from tuckctl.kernel.fd import Fd
@@ -47,6 +48,7 @@ from tuckctl.kernel.syscalls import (
 from tuckctl.kernel.threads import in_copy, on_thread
 from tuckctl.locks import alone_on
 from tuckctl.loosening import carriers
+from tuckctl.overlay import is_ours
 from tuckctl.plan import refuse_bound_onto_itself
 from tuckctl.receivers import (
     NOBODY,
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from tuckctl.switchboard import Switchboard
     from tuckctl.target import Target
 
+CARRIES_TARGETS = "other targets of the same transaction lie in it, which come with new as it is"
 _SECOND_LOOKS = (0.003, 0.01, 0.03)
 """How often one looks again for who was left behind, and the pauses in seconds where there is nothing to be done."""
 
@@ -134,7 +137,8 @@ def _explain(error: KernelError, target: Target) -> FailedError | RefusedError |
     return error
 
 
-def _no_way(target: Target, why: str) -> UnsupportedError:
+def no_way(target: Target, why: str) -> UnsupportedError:
+    """Return the error of a target whose new content cannot come from an uncovered peer."""
     return UnsupportedError(
         "no-way-to-tuck",
         f"{show(target.path)}: {why}",
@@ -205,6 +209,21 @@ class Exchange:
         self._is_by_peer = False
         self._brought: Mount | None = None
         """What was brought by an uncovered peer, as it was there."""
+        self.found = NOBODY
+        """Who received new, and who did not, as it was seen after the tuck."""
+        self.is_inside = False
+        """Whether the target lies in another one: copies of what is replaced may lie beneath the content of that."""
+
+    @property
+    def root(self) -> Exchange:
+        """The exchange that brings this one about: of a target in another one, that of the other one."""
+        return self
+
+    def let_go(self) -> None:
+        """Have no descriptor in what is to be taken off: of a target in another one, the directory around it is."""
+
+    def find_again(self) -> None:
+        """Open that directory again, in what is seen now. Raises KernelError."""
 
     @property
     def parent_shared(self) -> bool:
@@ -216,6 +235,9 @@ class Exchange:
         if self.can_undo or busy == "lazy":
             return
         self._covered = (self.old.id, *listmount(self.old.id)) if self.old else ()
+        self._wait_until_unused(busy, deadline)
+
+    def _wait_until_unused(self, busy: str, deadline: float) -> None:
         for _ in stop.pauses(deadline):
             if not find_holders(self.target.path, self._covered, ()):
                 return
@@ -260,10 +282,12 @@ class Exchange:
     def _tuck_by_peer(self, board: Switchboard) -> None:
         """Put a clone of new beneath old by propagation, from a peer of the mount on which it is to lie."""
         alone = self.parent_shared and self.carriage.alone
+        if self.carriage.has_targets:
+            raise no_way(self.target, CARRIES_TARGETS)
         if alone and (self.base is not None or self.carriage.is_alone_on_shared):
-            raise _no_way(self.target, "a private mount on a shared one in it cannot be carried over in this way")
+            raise no_way(self.target, "a private mount on a shared one in it cannot be carried over in this way")
         if not self.can_undo:
-            raise _no_way(self.target, "a private filesystem on it lies under the content, where nothing leads to it")
+            raise no_way(self.target, "a private filesystem on it lies under the content, where nothing leads to it")
         mount_setattr(self.new, propagation=Propagation.SHARED, recursive=True)
         self._is_by_peer = True
         if alone:
@@ -448,28 +472,39 @@ class Exchange:
         mine = copies_of(sight, self.old, self._live) if self.old is not None else ()
         return left_behind(replace(sight, matches=tuple(earlier)), self.left, self.target.path, but=mine)
 
-    def note_covered(self, ids: Sequence[int]) -> None:
-        """Note the mounts of others that the reveal takes off as well: who uses them is to be named."""
-        self._covered += tuple(ids)
+    def place(self, convergence: Convergence) -> None:
+        """Put new beneath everyone who would not follow; see Convergence.place."""
+        everyone = (*self.found.stale, *convergence.doubted, *self.left_before())
+        if self.is_inside:
+            everyone = tuple(match for match in everyone if not is_hidden(match))
+        convergence.place(everyone, within=self.within)
+        # The reveal takes off their mounts as well: who uses them is to be named.
+        self._covered += convergence.placed
 
-    def reveal(self, busy: str, deadline: float, found: Arrival) -> tuple[int, ...]:
+    def reveal(self, busy: str, deadline: float) -> tuple[int, ...]:
         """Take old off. Returns the ids of the mounts that someone may still use, see tuckctl.removal."""
         if self.old is None:
             return ()
-        return remove(self.target, self.old, busy, deadline, below=self._below, follow=found.follow, ids=self._covered)
+        follow = self.found.follow
+        return remove(self.target, self.old, busy, deadline, below=self._below, follow=follow, ids=self._covered)
 
-    def leaving(self, found: Arrival) -> Leaving:
+    def leaving(self) -> Leaving:
         """Return what is to be taken off, together with what lies on other targets; there has to be an old."""
         if self.old is None:
             msg = "nothing lies on new"
             raise ValueError(msg)
-        return Leaving(self.target, self.old, self._below, found.follow, self._covered, self.new, self.new_id)
+        return Leaving(self.target, self.old, self._below, self.found.follow, self._covered, self.new, self.new_id)
 
     @property
     def is_revealed(self) -> bool:
         """Whether new is here in the place of an old that is gone, though someone may have mounted something on it."""
         ids = self._ids()
         return self.old is not None and self.new_id in ids and self.old.id not in ids
+
+    @property
+    def going(self) -> tuple[int, ...]:
+        """The ids of the mounts that go."""
+        return self._covered
 
     @property
     def earlier(self) -> int:
@@ -484,7 +519,7 @@ class Exchange:
     @property
     def _below(self) -> list[Mount]:
         """The submounts of old."""
-        return [item.mount for item in self.carriage.carried]
+        return self.carriage.below
 
     def refuse_not_revealed(self) -> None:
         """See that new is here, and old is not. Raises IncompleteError."""
@@ -707,7 +742,6 @@ class Part:
     exchange: Exchange
     convergence: Convergence
     journal: Journal
-    found: Arrival = NOBODY
     replaced: tuple[int, ...] = ()
     """The ids of the mounts that were taken off and that someone may still use."""
     identify: Callable[[], None] = lambda: None
@@ -744,12 +778,14 @@ def run(
         for part in parts:
             stack.enter_context(_outlasting(part.exchange.target))
         try:
-            _arrive(parts, receivers, enter)
-            _warn_of_hidden(parts, warn)
-            enter("reveal")
-            for part in parts:
-                part.journal.step("reveal")
-            _reveal(parts, busy, deadline, warn)
+            with _let_go(parts):
+                _arrive(parts, receivers, enter)
+                _warn_of_hidden(parts, warn)
+                enter("reveal")
+                for part in parts:
+                    part.journal.step("reveal")
+                _reveal(parts, busy, deadline, warn)
+                _share(parts)
         except BaseException as error:  # noqa: BLE001 - raised again, unless it is too late
             enter("undo")
             _undo(parts, error)
@@ -758,8 +794,37 @@ def run(
             part.exchange.refuse_not_revealed()
         for part in parts:
             part.exchange.restore_propagation()
-        # The last first: who looks at one target after the other never sees new, and after that old.
-        return [_finish(part, receivers, enter) for part in reversed(parts)][::-1]
+        # The last first: who looks at one target after the other never sees new, and after that old. What lies in
+        # another target comes with that.
+        order = _roots_first(parts[::-1])
+        revealed = {part.exchange.target.path: _finish(part, receivers, enter) for part in order}
+        return [revealed[part.exchange.target.path] for part in parts]
+
+
+def _roots_first(parts: Sequence[Part]) -> list[Part]:
+    return sorted(parts, key=lambda part: part.exchange.root is not part.exchange)
+
+
+@contextlib.contextmanager
+def _let_go(parts: Sequence[Part]) -> Iterator[None]:
+    """Hold nothing in what is to be taken off, for a block."""
+    for part in parts:
+        part.exchange.let_go()
+    try:
+        yield
+    finally:
+        for part in parts:
+            with contextlib.suppress(KernelError):  # what is not there is seen to be so
+                part.exchange.find_again()
+
+
+def _share(parts: Sequence[Part]) -> None:
+    """Tell who uses what lay in another target's content of the target that it was, and of no other."""
+    for part in parts:
+        root = next(each for each in parts if each.exchange is part.exchange.root)
+        if root is not part and root.replaced:
+            part.replaced = part.exchange.going
+            root.replaced = tuple(each for each in root.replaced if each not in part.replaced)
 
 
 def _warn_of_hidden(parts: Sequence[Part], warn: Callable[[str, str, str], None]) -> None:
@@ -780,8 +845,9 @@ def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None])
         part.exchange.note, part.exchange.step = part.journal.changing, part.journal.step
         part.exchange.note_peer = part.journal.tucking_by_peer
         part.journal.step("tuck")
-    unseen = [part for part in parts if part.exchange.old is not None]
-    for wave in (unseen, [part for part in reversed(parts) if part.exchange.old is None]):
+    unseen = [part for part in parts if part.exchange.root.old is not None]
+    seen = [part for part in reversed(parts) if part.exchange.root.old is None]
+    for wave in (_roots_first(unseen), _roots_first(seen)):
         if not wave:
             continue
         enter("tuck")
@@ -791,22 +857,21 @@ def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None])
             part.identify()
         enter("verify")
         for part in wave:
-            part.found = part.exchange.verify_tucked(part.convergence)
+            part.exchange.found = part.exchange.verify_tucked(part.convergence)
         for part in wave if receivers == "require" else ():
             part.journal.step("place")
-            everyone = (*part.found.stale, *part.convergence.doubted, *part.exchange.left_before())
-            part.convergence.place(everyone, within=part.exchange.within)
-            part.exchange.note_covered(part.convergence.placed)
+            part.exchange.place(part.convergence)
 
 
 def _reveal(parts: Sequence[Part], busy: str, deadline: float, warn: Callable[[str, str, str], None]) -> None:
     """Take off what lies on new: at one instant where that can be, and else one right after the other."""
-    waiting = [part for part in parts if part.exchange.old is not None]
-    if len(parts) == 1:
+    roots = [part for part in parts if part.exchange.root is part.exchange]
+    waiting = [part for part in roots if part.exchange.old is not None]
+    if len(roots) == 1:
         for part in waiting:
-            part.replaced = part.exchange.reveal(busy, deadline, part.found)
+            part.replaced = part.exchange.reveal(busy, deadline)
         return
-    leaving = {part.exchange.target.path: part.exchange.leaving(part.found) for part in waiting}
+    leaving = {part.exchange.target.path: part.exchange.leaving() for part in waiting}
     why = None
     if busy != "lazy":
         why = f"--busy {busy} takes one unmount for each"
@@ -820,7 +885,7 @@ def _reveal(parts: Sequence[Part], busy: str, deadline: float, warn: Callable[[s
             part.replaced = leaving[part.exchange.target.path].ids
     for each in leaving.values():
         refuse_left(each.target, each.old)
-    if len(waiting) < len(parts):
+    if len(waiting) < len(roots):
         why = "a first overlay is seen as soon as it is mounted"
     if why is not None:
         warn(
@@ -858,9 +923,18 @@ def _undo(parts: Sequence[Part], error: BaseException) -> None:
 
 def _finish(part: Part, receivers: str, enter: Callable[[str], None]) -> Revealed:
     part.convergence.finish()
+
+    def verify() -> Look:
+        seen = part.exchange.verify_revealed(part.convergence.converged)
+        part.convergence.note_carried(seen[0])
+        return seen
+
+    if part.exchange.is_inside:
+        part.convergence.replace_hidden(verify()[1])
+        part.convergence.board.lend(part.exchange.target.refreshed().below)
     revealed = converge(
         part.convergence,
-        lambda: part.exchange.verify_revealed(part.convergence.converged),
+        verify,
         shown=part.exchange.new_id,
         replaced=part.replaced,
         receivers=receivers,
@@ -961,21 +1035,23 @@ def take_off(
     first: int = 0,
     live: Content | None = None,
     step: Callable[[str], None] = lambda _: None,
+    is_inside: bool = False,
 ) -> Revealed:
     """Take the overlay off a target and see that base is there. Submounts that base lacks are a reason to refuse.
 
     `left` is earlier content that some receiver was left on. No mount of old's superblock has a lower id than `first`.
-    `step` is told what is about to be done.
+    `step` is told what is about to be done. Copies of old may be out of sight where a target `is_inside` another one.
     """
     below = children(old.id)
     ours = {mount.id for mount in below}
     underneath = {_content(mount) for mount in children(old.parent_id) if mount.id not in ours}
-    only_here = sorted(mount.point for mount in below if _content(mount) not in underneath)
+    only_here = sorted((mount.point, mount.source) for mount in below if _content(mount) not in underneath)
     if only_here:
+        point, source = only_here[0]
         raise RefusedError(
             "submount-has-no-place",
-            f"{show(only_here[0])} is mounted on the overlay and would be gone with it",
-            f"umount {quoted(only_here[0])} first",
+            f"{show(point)} is mounted on the overlay and would be gone with it",
+            f"{'tuckctl detach' if is_ours(source) else 'umount'} {quoted(point)} first",
         )
     enter("verify")
     earlier = max(first - 1, 0)
@@ -1002,7 +1078,9 @@ def take_off(
         try:
             if receivers == "require":
                 step("place")
-                convergence.place(_strays(target, old, verify()[1]), within=[mount.id for mount in below])
+                strays = _strays(target, old, verify()[1])
+                strays = [match for match in strays if not (is_inside and is_hidden(match))]
+                convergence.place(strays, within=[mount.id for mount in below])
             step("reveal")
             with shielded(tuple({match.mount_id: match for match in spared}.values())):
                 replaced = remove(target, old, busy, deadline, below=below, follow=before, ids=ids)
@@ -1012,5 +1090,7 @@ def take_off(
                 convergence.give_back()
             raise
         convergence.finish()
+        if is_inside:
+            convergence.replace_hidden(verify()[1])
         shown = target.top_id()
         return converge(convergence, verify, shown=shown, replaced=replaced, receivers=receivers, enter=enter)

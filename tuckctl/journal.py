@@ -114,6 +114,8 @@ class Entry:
     """The same, on the way back."""
     first: int = 0
     """The id that was told of new, where another mount shows it: no mount that does has a lower one."""
+    within: bytes = b""
+    """The target of the same transaction that this one lies in, and with whose content its own comes and goes."""
 
     def turned(self) -> Entry:
         """Return what was to happen on the way back."""
@@ -436,4 +438,5 @@ def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
         "peer" if by_peer is not None or back_by_peer is not None else "beneath",
         by_peer,
         back_by_peer,
+        within=os.fsencode(first.get("within", "")),
     )

@@ -10,9 +10,11 @@ from tuckctl.errors import IncompleteError, RefusedError, UsageError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.flags import ATIME_OPTIONS, OPTIONS, MountAttr
 from tuckctl.kernel.syscalls import quoted, show
-from tuckctl.overlay import MOST_LAYERS, generation_of, is_ours
+from tuckctl.overlay import MOST_LAYERS, generation_of
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from tuckctl.generations import Current
     from tuckctl.kernel.syscalls import Mount
     from tuckctl.target import Target
@@ -103,18 +105,14 @@ def classify(target: Target, ours: dict[int, int | None], *, adopt: bool) -> Liv
     )
 
 
-def refuse_nested(target: Target, around: list[Mount], recorded: list[Mount]) -> None:
-    """Refuse a target that lies inside another target's overlay.
-
-    `around` are the mounts it lies in, `recorded` those of them that are on record as another target's content.
-    """
-    for mount in around:
-        if is_ours(mount.source) or mount in recorded:
-            raise RefusedError(
-                "inside-another-target",
-                f"{show(target.path)} lies in the overlay on {show(mount.point)} ({show(mount.source)})",
-                f"put the change into an image for {show(mount.point)}",
-            )
+def refuse_nested(target: Target, outer: Sequence[Mount]) -> None:
+    """Refuse a target that lies inside another target's content: `outer`, the innermost first."""
+    for mount in outer:
+        raise RefusedError(
+            "inside-another-target",
+            f"{show(target.path)} lies in the overlay on {show(mount.point)} ({show(mount.source)})",
+            f"put the change into an image for {show(mount.point)}, or name both as targets of one swap",
+        )
 
 
 def refuse_bound_onto_itself(target: Target, base: Mount | None) -> None:

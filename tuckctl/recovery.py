@@ -21,18 +21,28 @@ from tuckctl.frozen import frozen, replace
 from tuckctl.generations import Current, boot_id
 from tuckctl.holding import read_replaced
 from tuckctl.journal import Entry, Journal, Mounted
-from tuckctl.kernel.flags import Clone, Propagation, Umount
-from tuckctl.kernel.syscalls import Mount, mount_setattr, move_mount_set_group, open_tree, quoted, setns, show
-from tuckctl.kernel.threads import on_thread
+from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount
+from tuckctl.kernel.syscalls import (
+    Mount,
+    mount_id,
+    mount_setattr,
+    move_mount_set_group,
+    open_tree,
+    quoted,
+    setns,
+    show,
+    umount2,
+)
+from tuckctl.kernel.threads import in_copy, on_thread
 from tuckctl.locks import alone_on
 from tuckctl.overlay import generation_of
 from tuckctl.plan import live_mounts
 from tuckctl.prune import drop_images
 from tuckctl.receivers import arrival, content_of, copies_of, left_behind, observe, on_top
 from tuckctl.removal import remove
-from tuckctl.spaces import in_spaces, insist, is_gone, reach, unmount
+from tuckctl.spaces import in_spaces, insist, is_gone, reach, relative, unmount
 from tuckctl.switchboard import BLANK, Switchboard
-from tuckctl.target import Content, children, look, resolve
+from tuckctl.target import Content, children, look, open_target, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -174,6 +184,8 @@ class _Recovery:
         self.journal = Journal(places.of(scene.target.path))
         self.ids = [mount.id for mount in self.target.stack]
         self.top = self.ids[-1] if self.ids else 0
+        self.apart: list[Mounted] = []
+        """Receivers that left their peer groups, or masters, before old was taken off, as they were."""
 
     @property
     def is_tucked(self) -> bool:
@@ -185,12 +197,28 @@ class _Recovery:
         """Whether old is gone and new is there, though someone may have mounted something on it."""
         return bool(self.entry.new) and self.entry.new in self.ids and self.entry.old.id not in self.ids
 
+    @property
+    def is_nested(self) -> bool:
+        """Whether it comes and goes with another target's content."""
+        return bool(self.entry.within)
+
+    def look_again(self) -> None:
+        """Look at what is seen now, where that on which the target lies may have been replaced."""
+        with open_target(self.entry.target) as found:
+            self.target.parent.turn_to(found.parent)
+        self.target = self.target.refreshed()
+        self.scene = replace(self.scene, target=self.target)
+        self.ids = [mount.id for mount in self.target.stack]
+        self.top = self.ids[-1] if self.ids else 0
+
     # Back.
 
     def take_back(self) -> None:
         """Take new out from beneath old, in one namespace after the other. Raises KernelError where it cannot be."""
         self.enter("undo")
         self.journal.step("undo")
+        if self.is_tucked:
+            self._strip()
         with Switchboard() as board:
             mine = self.entry.new
             board.note = self.journal.changing
@@ -221,6 +249,33 @@ class _Recovery:
         """Whether new came to lie on old: something was mounted there in the instant before the tuck."""
         ours = [each for each in self.ids if each in (self.entry.old.id, self.entry.new)]
         return ours == [self.entry.old.id, self.entry.new]
+
+    def _strip(self) -> None:
+        """Take off, in every namespace, what is mounted on new: with that on it, it could not be taken out.
+
+        A copy of the namespace has a peer of new, on which nothing lies once old is off there.
+        """
+        new = look(self.entry.new)
+        below = [mount for mount in children(new.id) if mount.parent_id == new.id and mount.point != new.point]
+        if not below or not new.peer_group:
+            return
+        groups = {mount.peer_group for mount in children(self.entry.old.id)} - {0}
+
+        def strip() -> None:
+            name = self.target.name
+            mount_setattr(AT_FDCWD, name, propagation=Propagation.PRIVATE, recursive=True)
+            umount2(name, Umount.DETACH)
+            if look(mount_id(AT_FDCWD, name)).device != new.device:
+                return
+            for mount in below:
+                place = name + b"/" + relative(mount.point, new.point)
+                with contextlib.suppress(KernelError):
+                    if mount.peer_group in groups:
+                        # What was mounted on its like on old meanwhile must not go from there.
+                        mount_setattr(AT_FDCWD, place, propagation=Propagation.PRIVATE, recursive=True)
+                    umount2(place, Umount.DETACH | Umount.NOFOLLOW)
+
+        in_copy(strip, directory=self.target.parent)
 
     def _below_new(self) -> Mount:
         place = self.ids.index(self.entry.new)
@@ -262,9 +317,11 @@ class _Recovery:
         """Whether a mount of the content before was put back, or is about to take the place of new."""
         return bool(self.entry.back) and self.entry.back in self.ids
 
-    def go_back(self, wishes: Wishes, swap_back: SwapBack) -> None:
-        """Have the content before seen again where new is, or was to be: taken out it cannot be any more."""
-        replaced = self.reveal() if self.is_tucked else ()
+    def go_back(self, wishes: Wishes, swap_back: SwapBack, replaced: tuple[int, ...] = ()) -> None:
+        """Have the content before seen again where new is: taken out it cannot be any more.
+
+        `replaced` are the ids of what someone may still use of it.
+        """
         if not self.entry.old.id:
             new = look(self.entry.new)
             sight = observe([new.device], new.id - 1)
@@ -282,6 +339,13 @@ class _Recovery:
 
     # Forward.
 
+    def copies_of_old(self) -> tuple[int, ...]:
+        """Return the ids of the mounts of old, if that is there."""
+        if self.entry.old.id not in self.ids:
+            return ()
+        old = look(self.entry.old.id)
+        return tuple(match.mount_id for match in copies_of(observe([old.device]), old))
+
     def reveal(self) -> tuple[int, ...]:
         """Take old off. Returns the ids of what someone may still use."""
         self.enter("reveal")
@@ -290,6 +354,13 @@ class _Recovery:
         sight = observe([old.device, new.device])
         found = arrival(sight, copies_of(sight, old), new.device)
         ids = tuple(match.mount_id for match in found.follow)
+        if children(old.id):
+            # What is unmounted on old would go from those as well.
+            for match, space in in_spaces([match for match in found.stale if match.peer_group or match.master]):
+                with contextlib.suppress(KernelError):
+                    self.journal.changing(look(match.mount_id, match.namespace_id))
+                    on_thread(partial(_set_apart, match.mount_id, space))
+                    self.apart.append(_mounted(match))
         keepsake = _keepsake(self.scene, self.entry)
         with keepsake or contextlib.nullcontext():
             replaced = remove(self.target, old, "lazy", 0.0, below=children(old.id), follow=found.follow, ids=ids)
@@ -348,8 +419,11 @@ class _Recovery:
                 )
             )
             convergence.identify(entry.new, entry.first_id)
-            convergence.recall(entry.aside, entry.brought)
+            convergence.recall((*self.apart, *entry.aside), entry.brought)
             convergence.know(before.slaves, before.peers, before.remnants)
+            if self.scene.outer or self.is_nested:
+                convergence.replace_hidden(verify()[1])
+                convergence.board.lend(target.below)
             revealed = converge(
                 convergence,
                 verify,
@@ -540,26 +614,65 @@ def _recover_group(
     finish = "done" in steps or (
         not undo and "back" not in steps and (is_seen or ("reveal" in steps and "undo" not in steps))
     )
+    # What lies in another target comes after that one, and goes back before it.
+    order = [each for nested in (False, True) for each in reversed(recoveries) if each.is_nested == nested]
     if finish:
-        replaced = {id(each): each.reveal() for each in reversed(recoveries) if each.is_tucked}
-        found = []
-        for each in reversed(recoveries):
-            found.append(Recovered(each.entry, each.finish(replaced.get(id(each), ()), wishes)))
+        replaced = {each.entry.target: each.copies_of_old() for each in order if each.is_nested}
+        replaced |= {each.entry.target: each.reveal() for each in order if each.is_tucked}
+        for each in order:
+            if each.is_nested:
+                # Who has to be brought takes along with the other target what it is to have of this one.
+                each.look_again()
+                each.finish((), wishes)
+        found = {}
+        for each in order:
+            ids = replaced.get(each.entry.target, ())
+            found[each.entry.target] = Recovered(each.entry, each.finish(ids, wishes))
             _record_done(each.scene, each.entry)
         for each in recoveries:
             each.journal.step("done")
-        return found[::-1]
+        return [found[each.entry.target] for each in recoveries]
     for each in recoveries:
         # From here on, it is undone, whatever is seen.
         each.journal.step("back")
-    for each in reversed(recoveries):
-        if each.is_back_under_way or each.is_revealed or (each.is_tucked and not each.is_taken_back()):
-            each.go_back(wishes, swap_back)
-        elif not each.is_tucked:
-            each.take_back()
+    for each in order:
+        if not each.is_nested:
+            inner = [other for other in order if other.entry.within == each.entry.target]
+            _go_back(each, inner, wishes, swap_back)
+    for each in recoveries:
         _record_undone(each.scene, each.entry)
         _record_back(each.scene, each.entry)
     return [Recovered(each.entry, None) for each in recoveries]
+
+
+def _go_back(recovery: _Recovery, inner: Sequence[_Recovery], wishes: Wishes, swap_back: SwapBack) -> None:
+    """Have the content before seen again at a target of several, and at those that lie in it."""
+    if recovery.is_tucked and recovery.is_taken_back():
+        return
+    if not (recovery.is_tucked or recovery.is_revealed or recovery.is_back_under_way):
+        recovery.take_back()
+        return
+    replaced = recovery.reveal() if recovery.is_tucked else ()
+    recovery.target = recovery.target.refreshed()
+    for each in inner:
+        each.look_again()
+        if each.is_revealed or each.is_back_under_way:
+            each.go_back(wishes, swap_back)
+    recovery.go_back(wishes, swap_back, replaced)
+    for each in inner:
+        each.look_again()
+
+
+def _mounted(match: Match) -> Mounted:
+    unbindable = bool(match.propagation & Propagation.UNBINDABLE)
+    return Mounted(match.mount_id, match.namespace_id, match.peer_group, match.master, unbindable=unbindable)
+
+
+def _set_apart(identity: int, space: Fd) -> None:
+    setns(space, Clone.NEWNS)
+    mount = look(identity)
+    with reach(mount.point, identity) as seen:
+        mount_setattr(seen, propagation=Propagation.PRIVATE)
 
 
 def _keepsake(scene: Scene, entry: Entry) -> Fd | None:

@@ -118,19 +118,23 @@ def remove_together(leaving: Sequence[Leaving], board: Switchboard) -> str | Non
     """
     _refuse_losses(leaving)
     why = None
+    users = os.stat("/proc/thread-self/ns/user").st_ino
+    foreign = [each for each in leaving if any(match.owner not in (0, users) for match in each.follow)]
     with _all_loosened(leaving):
-        try:
-            with contextlib.ExitStack() as stack:
-                trees = [_stand_in(each, stack) for each in leaving]
-                on_thread(partial(board.take_off, trees))
-        except KernelError as error:
-            why = f"the kernel would not have it: {error.message}"
+        if any(each.below for each in foreign):
+            # What is locked there stays when its submounts go with theirs.
+            why = "another user namespace has it with what is mounted on it"
+        else:
+            try:
+                with contextlib.ExitStack() as stack:
+                    trees = [_stand_in(each, stack) for each in leaving]
+                    on_thread(partial(board.take_off, trees))
+            except KernelError as error:
+                why = f"the kernel would not have it: {error.message}"
         # Someone may have mounted something on it at that very moment: it goes by itself.
         left = [each for each in leaving if each.target.top_id() == each.old.id]
         if left:
             umount_each([(each.target.place, Umount.DETACH) for each in reversed(left)])
-    users = os.stat("/proc/thread-self/ns/user").st_ino
-    foreign = [each for each in leaving if any(match.owner not in (0, users) for match in each.follow)]
     for each in reversed(foreign):
         # What is locked there goes with a stand-in that is unmounted by itself (propagate_mount_unlock, fs/pnode.c).
         with contextlib.suppress(KernelError):

@@ -23,7 +23,7 @@ from tuckctl.receivers import copies_of, observe
 from tuckctl.target import Target, base_directory, look, open_base, open_target, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from tuckctl.journal import Entry
     from tuckctl.places import Places
@@ -57,6 +57,18 @@ def is_recorded_content(places: Places, mount: Mount) -> bool:
     return current is not None and (current.boot_id, current.mount_id) == (boot_id(), mount.id)
 
 
+def contents_around(places: Places, target: Target) -> list[Mount]:
+    """Return the contents of other targets that a target lies in, the innermost first."""
+    return [mount for mount in mounts_around(target) if is_ours(mount.source) or is_recorded_content(places, mount)]
+
+
+def is_target(places: Places, target: Target) -> bool:
+    """Whether content of its own lies on a target, or did."""
+    if any(generation_of(mount.source, target.path) is not None for mount in target.stack):
+        return True
+    return Records(places.state, target.path).current() is not None
+
+
 @changeable
 class Scene:
     """One target under its lock: what is mounted, what is on record, what is live."""
@@ -67,6 +79,8 @@ class Scene:
     current: Current | None
     boot_id: str
     namespace: int
+    outer: tuple[bytes, ...] = ()
+    """The places of the contents of other targets that it lies in, the innermost first."""
 
     def is_recorded(self) -> bool:
         """Whether the record tells of this boot and this namespace."""
@@ -89,19 +103,36 @@ class Scene:
 
 @contextlib.contextmanager
 def open_scene(
-    places: Places, path: bytes, deadline: float, *, adopt: bool, recovering: bool = False, nested: bool = False
+    places: Places,
+    path: bytes,
+    deadline: float,
+    *,
+    adopt: bool,
+    recovering: bool = False,
+    nested: bool = False,
+    held: Collection[bytes] = (),
 ) -> Iterator[Scene]:
     """Look at the target, refuse what can never be, and lock it: its name, and what lies at its bottom.
 
-    An interrupted transaction is refused as well, unless it is there to be put in order; and a target in another
-    target's overlay, unless it is `nested` there because that one came first.
+    An interrupted transaction is refused as well, unless it is there to be put in order; and a directory in another
+    target's overlay, unless it was a target before, or is `nested` there because that one came first. What it lies in
+    is locked too, but for those targets whose locks are `held`.
     """
     refuse_capabilities(effective_capabilities())
     with contextlib.ExitStack() as stack:
         target = stack.enter_context(open_target(path))
-        around = mounts_around(target)
-        if not nested:
-            refuse_nested(target, around, [mount for mount in around if is_recorded_content(places, mount)])
+        outer = contents_around(places, target)
+        if outer:
+            if not (nested or recovering or is_target(places, target)):
+                refuse_nested(target, outer)
+            names = sorted({mount.point for mount in outer}.difference(held))
+            for name in names:
+                stack.enter_context(_locked_outer(places, name, deadline, recovering=recovering))
+            if names:
+                # What was seen before that may have been replaced.
+                target.close()
+                target = stack.enter_context(open_target(path))
+                outer = contents_around(places, target)
         places.prepare(target.path)
         stack.enter_context(locked(places.lock(target.path), deadline, target.path))
         stack.enter_context(locked_directory(target, deadline))
@@ -119,7 +150,22 @@ def open_scene(
             live = replace(live, adopted=recorded is not None and recorded.adopted)
         if not recovering:
             refuse_copy(target, live, namespace)
-        yield Scene(target, live, records, current, boot, namespace)
+        yield Scene(target, live, records, current, boot, namespace, tuple(mount.point for mount in outer))
+
+
+@contextlib.contextmanager
+def _locked_outer(places: Places, path: bytes, deadline: float, *, recovering: bool) -> Iterator[None]:
+    """Keep a target from being replaced while another one works in its content. Raises IncompleteError."""
+    with contextlib.ExitStack() as stack:
+        outer = stack.enter_context(open_target(path))
+        places.prepare(outer.path)
+        stack.enter_context(locked(places.lock(outer.path), deadline, outer.path))
+        stack.enter_context(locked_directory(outer, deadline))
+        outer.close()  # it would hold what it lies in itself
+        if not recovering:
+            namespace = os.stat("/proc/thread-self/ns/mnt").st_ino
+            _refuse_interrupted(Journal(places.of(outer.path)).read(), outer, boot_id(), namespace)
+        yield
 
 
 @contextlib.contextmanager
@@ -128,7 +174,7 @@ def open_scenes(
 ) -> Iterator[list[Scene]]:
     """Open several targets as `open_scene` does one. Two that do so never wait for each other: they lock in one order.
 
-    Raises UsageError for a target that is named twice, RefusedError for one that lies in another one.
+    Raises UsageError for a target that is named twice.
     """
     with contextlib.ExitStack() as stack:
         if len(paths) == 1:
@@ -136,16 +182,37 @@ def open_scenes(
             return
         refuse_capabilities(effective_capabilities())
         real = [resolve(path) for path in paths]
-        _refuse_entangled(real)
-        scenes = {
-            path: stack.enter_context(open_scene(places, path, deadline, adopt=adopt, recovering=recovering))
-            for path in sorted(real)
-        }
+        _refuse_twice(real)
+        scenes: dict[bytes, Scene] = {}
+        held: set[bytes] = set()
+        for path in sorted({*real, *_outer_of(places, real)}):
+            held.add(path)
+            if path in real:
+                is_nested = is_within(path, real)
+                scene = open_scene(
+                    places, path, deadline, adopt=adopt, recovering=recovering, nested=is_nested, held=held
+                )
+                scenes[path] = stack.enter_context(scene)
+            else:
+                stack.enter_context(_locked_outer(places, path, deadline, recovering=recovering))
         yield [scenes[path] for path in real]
 
 
-def _refuse_entangled(paths: Sequence[bytes]) -> None:
-    """Refuse targets that are one, by whatever paths, and those that lie in one another."""
+def is_within(path: bytes, others: Iterable[bytes]) -> bool:
+    """Whether a path lies in one of these."""
+    return any(path.startswith(other + b"/") for other in others)
+
+
+def _outer_of(places: Places, paths: Sequence[bytes]) -> set[bytes]:
+    found = set()
+    for path in paths:
+        with open_target(path) as target:
+            found |= {mount.point for mount in contents_around(places, target)}
+    return found
+
+
+def _refuse_twice(paths: Sequence[bytes]) -> None:
+    """Refuse targets that are one, by whatever paths."""
     spots: dict[Spot, bytes] = {}
     for path in paths:
         with open_target(path) as target:
@@ -157,14 +224,6 @@ def _refuse_entangled(paths: Sequence[bytes]) -> None:
                 "name all its images after TARGET alone",
             )
         spots[spot] = path
-    for inner in paths:
-        outer = next((path for path in paths if inner.startswith(path + b"/")), None)
-        if outer is not None:
-            raise RefusedError(
-                "targets-nested",
-                f"{show(inner)} lies in {show(outer)}: the two cannot be swapped in one transaction",
-                f"put the change into an image for {show(outer)}, or swap one after the other",
-            )
 
 
 def _interrupted(target: Target, ours: dict[int, int | None]) -> Live:
@@ -253,7 +312,19 @@ def opened_beneath(target: Target, places: Places) -> Iterator[Fd | None]:
         found = None
         with contextlib.suppress(KernelError):
             found = stack.enter_context(openat2(below, path, os.O_RDONLY | os.O_DIRECTORY, Resolve.NO_SYMLINKS))
+        outer.close()  # it would hold what it lies in itself
         yield found
+
+
+@contextlib.contextmanager
+def opened_bottom(scene: Scene, places: Places) -> Iterator[Fd]:
+    """Open what new content is to lie over: beneath other targets' overlays, so that it keeps none of them alive."""
+    with opened_beneath(scene.target, places) as beneath:
+        if beneath is not None:
+            yield beneath
+            return
+        with opened_base(scene) as base:
+            yield base
 
 
 @contextlib.contextmanager

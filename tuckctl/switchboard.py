@@ -270,6 +270,11 @@ class Switchboard:
             finally:
                 hang_up(copy, slot)
 
+    def copied(self, tree: Fd) -> Fd:
+        """Return a copy of a detached tree that was assembled."""
+        self._enter()
+        return open_tree(tree, clone=True, recursive=True)
+
     def take_out(self, lowest: int, space: Fd) -> Mount:
         """Take a mount of a namespace out from beneath what lies on it; return the mount on which that lies now."""
         setns(space, Clone.NEWNS)
@@ -530,6 +535,10 @@ class Line:
             unmount_here(self.decoy, self._path)
             self.decoy.close()
             self.decoy = None
+
+    def put(self, mount: Fd) -> None:
+        """Put a detached mount there. The kernel does not lock it, whoever owns that namespace."""
+        move_mount(mount, self._spot)
 
     def put_locked(self, tree: Fd, submounts: Sequence[tuple[bytes, Fd]] = ()) -> Fd:
         """Put a detached mount there so that the owner of that namespace cannot take it off; return one of its group.

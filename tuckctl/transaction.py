@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from tuckctl import holding, pins, recovery
 from tuckctl.carry import gather
@@ -23,7 +23,7 @@ from tuckctl.errors import (
     TuckError,
     UndoneError,
 )
-from tuckctl.exchange import Exchange, HalfwayError, Part, converge, run, take_off
+from tuckctl.exchange import CARRIES_TARGETS, Exchange, HalfwayError, Part, converge, no_way, run, take_off
 from tuckctl.frozen import changeable, replace
 from tuckctl.generations import Current, Generation, ImageRecord
 from tuckctl.images import Image, Store
@@ -33,6 +33,7 @@ from tuckctl.kernel.flags import Propagation, option_names
 from tuckctl.kernel.syscalls import mount_setattr, open_tree, quoted, show
 from tuckctl.kernel.threads import in_namespace
 from tuckctl.locks import locked
+from tuckctl.nested import Nested
 from tuckctl.outcome import as_it_is, at_base, conclude, present, remember, remember_left, stale, tell_of_failed
 from tuckctl.overlay import generation_of
 from tuckctl.places import Places
@@ -42,15 +43,23 @@ from tuckctl.prune import drop_generations, drop_images
 from tuckctl.receivers import copies_of, left_behind, observe, on_top
 from tuckctl.request import KEYWORDS, Request, check_request
 from tuckctl.results import Holder, TargetResult, TransactionResult, infos
-from tuckctl.scene import Scene, absolute, open_scene, open_scenes, opened_base, refuse_inside
+from tuckctl.scene import (
+    Scene,
+    absolute,
+    is_within,
+    open_scene,
+    open_scenes,
+    opened_base,
+    opened_bottom,
+    refuse_inside,
+)
 from tuckctl.selection import Selection
 from tuckctl.spaces import open_space
-from tuckctl.target import look, resolve
+from tuckctl.target import look, open_target, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Mapping
 
-    from tuckctl.carry import Carriage
     from tuckctl.durable import Draft
     from tuckctl.exchange import Revealed
     from tuckctl.journal import Entry
@@ -148,15 +157,17 @@ def _swap(asked: Asked) -> TransactionResult:
         turns = []
         if changing:
             course.enter("assemble")
-            turns = [_assemble(stack, course, each, places) for each in changing]
+            turns = _assemble(stack, course, changing, places)
         _refuse_stuck(turns)
+        unchanged = [each for each in wanted if each.is_live]
         try:
-            done = _record_and_exchange(course, turns, deadline=deadline, places=places)
+            with _carried([each.scene for each in unchanged], changing):
+                done = _record_and_exchange(course, turns, deadline=deadline, places=places)
             results = {result.target: result for result in done}
-            for each in wanted:
-                if each.is_live:
-                    told = _told_unchanged(course, each.scene, each.request, deadline=deadline, places=places)
-                    results[told.target] = told
+            for each in unchanged:
+                scene = _as_seen(each.scene)
+                told = _told_unchanged(course, scene, each.request, deadline=deadline, places=places)
+                results[told.target] = told
             outcome = "swapped" if turns else "unchanged"
             return conclude(course, *(results[scene.target.path] for scene in scenes), outcome=outcome)
         finally:
@@ -164,9 +175,36 @@ def _swap(asked: Asked) -> TransactionResult:
                 drop_generations(each.scene.records, places, common.keep, each.scene.live.generation)
 
 
+@contextlib.contextmanager
+def _carried(scenes: Sequence[Scene], changing: Sequence[_Wanted]) -> Iterator[None]:
+    """Hold nothing in what is to be taken off, for a block, where a target that stays lies in one that is replaced."""
+    moving = []
+    for scene in scenes:
+        outer = next((each.scene for each in changing if is_within(scene.target.path, [each.scene.target.path])), None)
+        if outer is not None:
+            scene.target.parent.turn_to(outer.target.parent)
+            moving.append(scene)
+    try:
+        yield
+    finally:
+        for scene in moving:
+            with contextlib.suppress(RefusedError), open_target(scene.target.path) as found:
+                scene.target.parent.turn_to(found.parent)
+
+
+def _as_seen(scene: Scene) -> Scene:
+    """Look again at a target that may have been carried along with another one."""
+    target = scene.target.refreshed()
+    return replace(scene, target=target, live=replace(scene.live, old=target.top if scene.live.old else None))
+
+
 def _refuse_stuck(turns: Sequence[Turn]) -> None:
-    """Refuse several targets of which one could not be undone when another one fails."""
-    for turn in turns if len(turns) > 1 else ():
+    """Refuse several targets that cannot be tucked, or of which one could not be undone when another one fails."""
+    roots = _roots(turns)
+    for turn in roots:
+        if turn.exchange.carriage.has_targets and turn.request.tuck_method == "peer":
+            raise no_way(turn.scene.target, CARRIES_TARGETS)
+    for turn in roots if len(roots) > 1 else ():
         if not turn.exchange.can_undo:
             path = turn.scene.target.path
             raise RefusedError(
@@ -175,6 +213,11 @@ def _refuse_stuck(turns: Sequence[Turn]) -> None:
                 " several targets could not be undone together",
                 f"swap {quoted(path)} by itself, or mount --make-shared {quoted(path)} while no overlay is on it",
             )
+
+
+def _roots(turns: Sequence[Turn]) -> list[Turn]:
+    """Return those that do not come about with another one."""
+    return [turn for turn in turns if turn.exchange.root is turn.exchange]
 
 
 def _record_and_exchange(
@@ -218,13 +261,43 @@ def _look_up(
     base = base_of(request, scene)
     refuse_layers(len(request.images), base)
     flags = attributes(scene.target, scene.live, request.options)
-    bottom = stack.enter_context(opened_base(scene))
+    bottom = stack.enter_context(opened_bottom(scene, places))
     images = open_images(stack, course, scene, request, places=places, deadline=deadline, bottom=bottom)
     return _Wanted(scene, request, images, flags, base, bottom)
 
 
-def _assemble(stack: contextlib.ExitStack, course: Course, wanted: _Wanted, places: Places) -> Turn:
-    """Mount what a target is to show, detached, as a new generation."""
+def _assemble(stack: contextlib.ExitStack, course: Course, wanted: Sequence[_Wanted], places: Places) -> list[Turn]:
+    """Mount what the targets are to show, detached, as new generations; on each other where they are nested."""
+    made: dict[bytes, _Made] = {}
+    for each in sorted(wanted, key=lambda each: each.scene.target.path):
+        made[each.scene.target.path] = _make(stack, course, each, places)
+    turns: dict[bytes, Turn] = {}
+    for path, (each, adopted, scene, generation, new) in made.items():
+        root = next((turns[other] for other in made if path.startswith(other + b"/")), None)
+        if root is None:
+            inner = {other: made[other].new for other in made if other.startswith(path + b"/")}
+            exchange = _prepare(stack, scene, new, inner, places)
+        else:
+            known = holding.read_replaced(places.of(path))
+            first, live = scene.first_mount(), known.live
+            exchange = Nested(
+                scene.target, scene.live.old, new, root.exchange.root, known.behind, first=first, live=live
+            )
+        turns[path] = Turn(scene, each.request, generation, exchange, adopted)
+    return [turns[each.scene.target.path] for each in wanted]
+
+
+class _Made(NamedTuple):
+    """What a target is to show, mounted detached, as a generation; and its scene, with what was adopted."""
+
+    wanted: _Wanted
+    adopted: Generation | None
+    scene: Scene
+    generation: Generation
+    new: Fd
+
+
+def _make(stack: contextlib.ExitStack, course: Course, wanted: _Wanted, places: Places) -> _Made:
     adopted, scene = _adopt(wanted.scene, course)
     generation = Generation(
         adopted.number + 1 if adopted is not None else _next_number(scene),
@@ -237,12 +310,10 @@ def _assemble(stack: contextlib.ExitStack, course: Course, wanted: _Wanted, plac
         "pending",
         who=caller(),
     )
-    carriage = stack.enter_context(gather(scene.target))
     new = mount_content(
         stack, scene, generation, wanted.images, bottom=wanted.bottom, flags=wanted.flags, places=places
     )
-    exchange = _prepare(stack, scene, new, carriage, places)
-    return Turn(scene, wanted.request, generation, exchange, adopted)
+    return _Made(wanted, adopted, scene, generation, new)
 
 
 def rollback(path: bytes, request: Request, *, namespace: bytes | None = None) -> TransactionResult:
@@ -258,7 +329,7 @@ def _rollback(path: bytes, request: Request) -> TransactionResult:
         scene = stack.enter_context(open_scene(places, path, deadline, adopt=False))
         course.so_far = (as_it_is(scene),)
         generation = _generation_to(scene, request.to)
-        bottom = stack.enter_context(opened_base(scene))
+        bottom = stack.enter_context(opened_bottom(scene, places))
         course.enter("images")
         stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
         if generation.number == scene.live.generation:
@@ -311,8 +382,7 @@ def put_in_place(
     places: Places,
 ) -> TransactionResult:
     """Make a generation on record, mounted detached, the one that is live."""
-    carriage = stack.enter_context(gather(scene.target))
-    exchange = _prepare(stack, scene, new, carriage, places)
+    exchange = _prepare(stack, scene, new, {}, places)
     turn = Turn(scene, request, generation, exchange)
     return conclude(course, *_exchange(course, [turn], deadline=deadline, places=places))
 
@@ -463,7 +533,7 @@ def _swap_to_previous(
     scene = replace(scene, target=target, live=Live(target.top, entry.generation, adopted=False))
     with contextlib.ExitStack() as stack:
         try:
-            bottom = stack.enter_context(opened_base(scene))
+            bottom = stack.enter_context(opened_bottom(scene, places))
             stack.enter_context(locked(places.images_lock, deadline, target.path, shared=True))
             generation = recorded(scene, entry.previous or 0)
             new = remake(stack, course, scene, generation, request, bottom=bottom, places=places)
@@ -593,6 +663,7 @@ def _detach(path: bytes, request: Request) -> TransactionResult:
                 first=scene.first_mount(),
                 live=known.live,
                 step=journal.step,
+                is_inside=bool(scene.outer),
             )
         except BaseException as error:
             if target.top_id() != old.id:
@@ -807,15 +878,21 @@ def _pin(scene: Scene, keepsake: Fd | None, places: Places) -> None:
         pins.pin(places.run, scene.target.path, scene.live.generation, keepsake)
 
 
-def _prepare(stack: contextlib.ExitStack, scene: Scene, new: Fd, carriage: Carriage, places: Places) -> Exchange:
-    """Attach the submounts, unseen; refuse what has no place. Nothing is on record yet."""
+def _prepare(stack: contextlib.ExitStack, scene: Scene, new: Fd, inner: Mapping[bytes, Fd], places: Places) -> Exchange:
+    """Attach the submounts, unseen; refuse what has no place. Nothing is on record yet.
+
+    `inner` is the new content of other targets that lie in this one, by their paths.
+    """
+    carriage = stack.enter_context(gather(scene.target, inner))
     known = holding.read_replaced(places.of(scene.target.path))
     first = scene.first_mount()
     exchange = Exchange(scene.target, scene.live.old, new, carriage, known.behind, first=first, live=known.live)
+    exchange.is_inside = bool(scene.outer)
     on_top = exchange.old is None
     if on_top and exchange.parent_shared and carriage.alone:
         exchange.others = stack.enter_context(open_tree(new, clone=True))
-        stack.enter_context(gather(scene.target)).attach(exchange.others, parent_shared=True, on_top=True)
+        likes = {path: stack.enter_context(open_tree(mount, clone=True)) for path, mount in inner.items()}
+        stack.enter_context(gather(scene.target, likes)).attach(exchange.others, parent_shared=True, on_top=True)
     carriage.attach(new, parent_shared=exchange.parent_shared and exchange.others is None, on_top=on_top)
     reserve(_DESCRIPTORS)
     return exchange
@@ -889,6 +966,14 @@ def _identify(stack: contextlib.ExitStack, each: _Enlisted) -> None:
         each.records = [*each.records[:-1], stack.enter_context(draft)]
 
 
+def _nest(enlisted: Sequence[_Enlisted]) -> None:
+    """Have what is brought to a target's receivers bring the new content of those targets that lie in it."""
+    for each in enlisted:
+        path = each.turn.scene.target.path
+        inner = [other for other in enlisted if is_within(other.turn.scene.target.path, [path])]
+        each.part.convergence.within += [other.part.convergence for other in inner]
+
+
 def _begin(course: Course, enlisted: Sequence[_Enlisted]) -> None:
     """Write what is to happen, on every target before anything does on one."""
     group = [os.fsdecode(each.turn.scene.target.path) for each in enlisted]
@@ -906,18 +991,24 @@ def _begin(course: Course, enlisted: Sequence[_Enlisted]) -> None:
             old=whole(each.turn.exchange.old),
             new=each.turn.exchange.new_id,
             method=each.turn.exchange.method,
+            **_within(each.turn.exchange),
         )
+
+
+def _within(exchange: Exchange) -> dict[str, str]:
+    return {"within": os.fsdecode(exchange.root.target.path)} if exchange.root is not exchange else {}
 
 
 def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places: Places) -> tuple[TargetResult, ...]:
     """Tuck, verify, reveal, converge, record. Records are on the disk before the tuck, and get their names after it."""
     request = turns[0].request
     with contextlib.ExitStack() as stack:
-        way_back = len(turns) > 1 and request.busy != "lazy"
+        way_back = len(_roots(turns)) > 1 and request.busy != "lazy"
         excepted = _selection(course, request)
         enlisted = [
             _enlist(stack, turn, excepted, way_back=way_back, deadline=deadline, places=places) for turn in turns
         ]
+        _nest(enlisted)
         try:
             _begin(course, enlisted)
             revealed = run(
@@ -929,20 +1020,8 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
                 warn=course.warn,
             )
         except HalfwayError as halfway:
-            for each in enlisted:
-                if each.part in halfway.revealed and each.way_back is not None:
-                    each.part.convergence.finish()
-                    _swap_back(
-                        course,
-                        each.turn.scene,
-                        each.way_back,
-                        each.part.journal,
-                        places,
-                        seen=each.part.exchange.new_id,
-                    )
+            _go_back(course, enlisted, halfway, places)
             course.undone()
-            for each in enlisted:
-                each.part.journal.end()
             raise halfway.cause from None
         except BaseException as error:
             course.undone()
@@ -963,6 +1042,17 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
         finally:
             _end([each.part.journal for each in enlisted])
     return tuple(map(_told, enlisted, revealed, holders))
+
+
+def _go_back(course: Course, enlisted: Sequence[_Enlisted], halfway: HalfwayError, places: Places) -> None:
+    """Bring back what was there before where it is gone; first what lies in another target, which then carries it."""
+    for each in sorted(enlisted, key=lambda each: each.part.exchange.root is each.part.exchange):
+        if each.part in halfway.revealed and each.way_back is not None:
+            each.part.convergence.finish()
+            seen = each.part.exchange.new_id
+            _swap_back(course, each.turn.scene, each.way_back, each.part.journal, places, seen=seen)
+    for each in enlisted:
+        each.part.journal.end()
 
 
 def _remember_all(
@@ -994,7 +1084,7 @@ def _swap_back(course: Course, scene: Scene, mount: Fd, journal: Journal, places
             if shown.id != seen:
                 raise UndoneError("target-changed", "something else was mounted there meanwhile", "umount it first")
             scene = replace(scene, target=target, live=Live(shown, None, adopted=False))
-            exchange = _prepare(stack, scene, mount, stack.enter_context(gather(target)), places)
+            exchange = _prepare(stack, scene, mount, {}, places)
             journal.going_back(exchange.new_id, shown)
             convergence = stack.enter_context(
                 Convergence(

@@ -40,6 +40,10 @@ _OWN = {"sub/own": b"own", "file": b"own"}
 _CONTENTS = ("base", "a", "b")
 _COMMON = {"common": b"common"}
 _TREES = {"base": BASE, **{name: BASE | _COMMON | image_files(name) for name in ("a", "b")}}
+_SEVERAL = ("two", "nested")
+"""The walks with several targets."""
+_INNER = b"both"
+"""Where one target lies in the other."""
 _FOLLOWERS, STRAYS = ("here", "peer", "slave"), ("private", "own")
 # What a clean run leaves, by the names in the target's state, and in the run directory.
 _RECORD = re.compile(rb"current\.json|[0-9]+\.json")
@@ -121,7 +125,7 @@ class Receiver(NamedTuple):
 
 class Stage:
     """The scene, for one walk: a swap, a rollback, a detach, a first swap on a bare directory, a boot, a recovery,
-    a swap of two targets, a swap from an uncovered peer.
+    a swap of two targets, one of two of which one lies in the other, a swap from an uncovered peer.
 
     `cut` is where the swap was killed that is to be recovered.
     """
@@ -134,6 +138,8 @@ class Stage:
         self.targets = [self.target]
         if walk_name == "two":
             self.targets.append(write_tree(os.path.join(self.scene.around, b"u"), BASE))
+        if walk_name == "nested":
+            self.targets.append(self.target + b"/" + _INNER)
         self.receivers: list[Receiver] = []
         self.do(*self.swap_to("b"))
         self.do(*self.swap_to("a"))
@@ -158,7 +164,7 @@ class Stage:
             space = Space("slave" if kind == "own" else kind, self.scene.around)
         if kind == "own" and space is not None:
             space.do(self._mount_own)
-        self.receivers.append(Receiver(kind, space, Onlooker(self.target, space)))
+        self.receivers.append(Receiver(kind, space, Onlooker(self.targets[-1], space)))
 
     def _mount_own(self) -> None:
         mount_on(self.target + b"/sub", Propagation.PRIVATE)
@@ -173,7 +179,7 @@ class Stage:
         assert done.exit_code == 0, f"{done.exit_code}: {done.out!r} {done.err!r}: {words}"
 
     def swap_to(self, content: str) -> tuple[str, ...]:
-        if self.walk == "two":
+        if self.walk in _SEVERAL:
             image = os.fsdecode(self.images[content])
             return "swap", *(f"{os.fsdecode(target)}={image}" for target in self.targets), "--keep", "1"
         paths = [os.fsdecode(self.images[name]) for name in (content, "common")]
@@ -192,13 +198,13 @@ class Stage:
         if self.walk == "boot":
             self._reboot()
             return Task(("boot",), "base", here)
-        if self.walk in ("swap", "peer", "two", "recover"):
+        if self.walk in ("swap", "peer", *_SEVERAL, "recover"):
             self._forget_copies()
         if self.walk == "recover":
             assert self._cut is not None
             words = self.swap_to(other)
             walk(lambda: run_tuckctl([*words, "--json"]), Order(How.KILL, *self._cut))
-        if self.walk in ("swap", "peer", "two"):
+        if self.walk in ("swap", "peer", *_SEVERAL):
             return Task(self.swap_to(other), here, other)
         return Task((self.walk, self.argument), here, "base" if self.walk == "detach" else other)
 
@@ -236,8 +242,10 @@ class Stage:
             return f"{errno.errorcode[error.errno or 0]} at {error.filename!r}"
         for content, tree in _TREES.items():
             wanted = tree
-            if self.walk == "two":
+            if self.walk in _SEVERAL:
                 wanted = {name: text for name, text in tree.items() if name not in _COMMON}
+            if self.walk == "nested":
+                wanted = _nested(wanted, content, is_inner=target != self.target)
             if receiver.kind == "own" and target == self.target:
                 wanted = {name: text for name, text in wanted.items() if not name.startswith("sub/")} | _OWN
             if found == wanted:
@@ -318,6 +326,17 @@ class Stage:
             yield f"{len(devices)} loop devices: {devices}"
         if more := set(children()) - self._processes:
             yield f"processes {more}"
+
+
+def _nested(outer: dict[str, bytes], content: str, *, is_inner: bool) -> dict[str, bytes]:
+    """Return what is seen where one target lies in the other, at the one or the other."""
+    beneath = os.fsdecode(_INNER) + "/"
+    inner = {} if content == "base" else image_files(content)
+    inner |= {name.removeprefix(beneath): text for name, text in BASE.items() if name.startswith(beneath)}
+    if is_inner:
+        return inner
+    around = {name: text for name, text in outer.items() if not name.startswith(beneath)}
+    return around | {beneath + name: text for name, text in inner.items()}
 
 
 def _record(folder: bytes, name: str) -> bytes:

@@ -23,6 +23,7 @@ needs_images = pytest.mark.skipif(
 SEED = int(os.environ.get("TUCKCTL_FAULTS_SEED", str(random.SystemRandom().randrange(1 << 32))))
 # Of the points at which a command is killed, a tenth; the others are many: each call has several errors.
 FRACTIONS = {How.KILL: 0.1, How.SIGNAL: 0.01, How.FAIL: 0.01}
+OF = {"nested": 0.05}
 PARAMETERS: dict[How, tuple[str, ...]] = {How.KILL: (), How.SIGNAL: ("SIGTERM", "SIGINT"), How.FAIL: ()}
 
 
@@ -42,7 +43,7 @@ def test_at_any_system_call_it_leaves_one_whole_generation(
     wrong = []
     with walks([name]) as each:
         for one in each:
-            orders = sampled(one.points([(how, PARAMETERS[how])]), FRACTIONS[how], SEED)
+            orders = sampled(one.points([(how, PARAMETERS[how])]), FRACTIONS[how] * OF.get(name, 1.0), SEED)
             progress = Progress(one, len(orders), quiet=True)
             outcomes = one.run(orders, progress.tell)
             wrong += [f"{one}, {outcome.order}: {text}" for outcome in outcomes for text in outcome.wrong]

@@ -335,7 +335,6 @@ def test_a_refusal_of_one_touches_none(disk: bytes) -> None:
             ({first: good, second: good, third: [damaged]}, "image-unknown", 5),
             ({first: good, third: [third]}, "image-in-target", 3),
             ({first: good, several.scene.disk + b"/missing": good}, "target-missing", 3),
-            ({first: good, first + b"/sub": good}, "targets-nested", 3),
             ({first: good, first + b"/../1": good}, "target-twice", 2),
         ):
             with several.unchanged():

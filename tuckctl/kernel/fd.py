@@ -45,6 +45,10 @@ class Fd:
         """Return a path through /proc that leads to it, or to a name in it."""
         return b"/proc/self/fd/%d" % self.fileno() + (b"/" + name if name else b"")
 
+    def turn_to(self, other: Fd) -> None:
+        """Have it stand for what another one does, for everybody who shares it (dup3(2))."""
+        os.dup2(other.fileno(), self.fileno(), inheritable=False)
+
     def release(self) -> int:
         """Give the ownership away."""
         number, self._number = self.fileno(), -1
