@@ -293,9 +293,11 @@ class Asides:
             try:
                 self._board.take_out(aside.lowest, space)
             except KernelError as error:
-                # Where base is itself a mount, it is covered. A mount with others on it stays where it is all the same.
-                if aside.reason != OWN_SUBMOUNT or error.errno != errno.ESTALE or aside.owner not in (0, self._users):
+                if error.errno != errno.ESTALE or aside.owner not in (0, self._users):
                     raise
+                # Where base is itself a mount, it is covered. A mount with others on it stays where it is all the same.
+                if aside.reason != OWN_SUBMOUNT:
+                    self._board.take_out_covered(aside.lowest, space)
                 setns(space, Clone.NEWNS)
         if isolate and aside.match is not None and aside.reason != LOCKED and (mount.peer_group or mount.master):
             # What is unmounted on old in its own group would go from here as well.
@@ -326,11 +328,10 @@ class Asides:
             if aside.is_apart or new.is_copy(below):
                 return
             try:
-                with (
-                    reach(mount.point, mount.id) as seen,
-                    reach(below.point, below.id) as root,
-                    alone(root, below),
-                ):
+                with contextlib.ExitStack() as stack:
+                    seen = stack.enter_context(reach(mount.point, mount.id))
+                    if below.peer_group:
+                        stack.enter_context(alone(stack.enter_context(reach(below.point, below.id)), below))
                     move_mount(clone, seen, beneath=True)
             except KernelError as error:
                 # It is locked, or covered.

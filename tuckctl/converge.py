@@ -1010,7 +1010,12 @@ class Convergence:
                 at = look(at.parent_id)
             if not remains:
                 return
-            stray.parent = self._board.take_out(remains[-1].id, space)
+            try:
+                stray.parent = self._board.take_out(remains[-1].id, space)
+            except KernelError as error:
+                if error.errno != errno.ESTALE or self._is_placing:
+                    raise
+                self._board.take_out_covered(remains[-1].id, space)
 
     def _tell_placed(self, identity: int, stray: _Stray) -> None:
         self.converged[identity] = stray.reason

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import os
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError
@@ -37,7 +38,7 @@ from tuckctl.kernel.syscalls import (
     umount2,
     unshare,
 )
-from tuckctl.kernel.threads import on_thread, own_namespace
+from tuckctl.kernel.threads import in_copy, on_thread, own_namespace
 from tuckctl.spaces import asks_a_server, insist, is_folder, reach, relative, unmount
 from tuckctl.target import children, look
 
@@ -288,6 +289,40 @@ class Switchboard:
             raise KernelError("umount2", show(mount.point), errno.EBUSY)  # something else lies on it
         return parent
 
+    def take_out_covered(self, lowest: int, space: Fd) -> None:
+        """Take a mount out from beneath what lies on it, where no line leads to what it lies on: that is covered.
+
+        Something is always there: a clone of the covered mount is put beneath it, and both it and the `lowest` one are
+        taken out from there, with what an interrupted attempt left. The clone is a slave of the same master.
+
+        Raises KernelError: ESTALE for one that is no slave, or gives on what it gets, or where something else lies.
+        """
+        setns(space, Clone.NEWNS)
+        chain = [look(lowest)]
+        while (around := look(chain[-1].parent_id)).point == chain[0].point:
+            chain.append(around)
+        known = {(mount.device, mount.root) for mount in chain[:2]}
+        if (
+            len(chain) == 1
+            or not all(mount.master and (mount.device, mount.root) in known for mount in chain[1:])
+            or any(mount.peer_group for mount in chain[1:])
+            or any(_lying_on(below) != [above.id] for above, below in pairwise(chain))
+        ):
+            raise KernelError("move_mount", f"{show(chain[0].point)}, beneath which no mount can be put", errno.ESTALE)
+        place = relative(chain[0].point, around.point)
+
+        def clone() -> Fd:
+            while (seen := look(mount_id(AT_FDCWD, place))).point == look(seen.parent_id).point:
+                umount2(place, Umount.DETACH)
+            return open_tree(AT_FDCWD, place, clone=True)
+
+        with reach(around.point, around.id) as root:
+            tree = in_copy(clone, directory=root)
+        with tree, self.line(space, around, place, occupied=False) as line:
+            line.put(tree)
+            for _ in chain:
+                self.reveal(tree, lazy=True)
+
     def take_out_lowest(self, space: Fd, parent: Mount, place: bytes) -> None:
         """Take out the lowest of the mounts at a place of `parent` in one namespace: what lies on it, stays.
 
@@ -485,6 +520,10 @@ class Switchboard:
             self._stand(each, mount, each.place, stack)
 
 
+def _lying_on(mount: Mount) -> list[int]:
+    return [child.id for child in children(mount.id) if child.parent_id == mount.id]
+
+
 def _join(tree: StandIn) -> None:
     for each in tree.on_it:
         _join(each)
@@ -528,6 +567,10 @@ class Line:
     def blank(self) -> Fd:
         """Return a mount of nothing, which can lie at the place."""
         return open_tree(AT_FDCWD, b"/directory" if self._is_folder else b"/file", clone=True)
+
+    def put(self, tree: Fd) -> None:
+        """Put a detached mount there."""
+        move_mount(tree, self._spot)
 
     def drop(self) -> None:
         """Take out the lowest mount at the other end; what lies on it stays."""

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import random
 from typing import TYPE_CHECKING
 
 import pytest
 
 import tuckctl
+from tests.kernel.ground import attempt
 from tests.kernel.injected import Fault, with_fault
 from tests.kernel.lab import needs_root
 from tests.kernel.scenes import Scene, Space, in_scene, mount_on, only_here, take_off, write_tree
-from tests.kernel.test_converge import SHARED, Superblock, begin, cover
+from tests.kernel.test_converge import SHARED, Guard, Superblock, begin, cover
+from tests.kernel.test_meddled import killed
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr
 from tuckctl.kernel.syscalls import mount_id, mount_setattr
 from tuckctl.target import look
@@ -201,6 +204,12 @@ def _make_own(target: bytes, how: str) -> None:
         mount_setattr(AT_FDCWD, target, set_=MountAttr.NOEXEC)
 
 
+def _shape(scene: Scene, space: Space) -> list[tuple[object, ...]]:
+    """Tell of what lies on the target in a namespace all but its ids."""
+    mounts = scene.mounts_at(b"", space)
+    return sorted((m.device, m.root, m.source, m.attributes, m.peer_group, m.master, m.point) for m in mounts)
+
+
 @pytest.mark.parametrize("how", ["slave-submount", "private-submount", "restricted", "replaced", "private"])
 @pytest.mark.parametrize("receivers", ["converge", "require"])
 def test_over_a_base_that_is_a_mount_each_keeps_its_own_or_all_is_as_it_was(
@@ -210,34 +219,68 @@ def test_over_a_base_that_is_a_mount_each_keeps_its_own_or_all_is_as_it_was(
         for name in ("a", "b", "c"):
             scene.image(name)
         scene.swap("a")
+        scene.space("slave")
         space = scene.space("private" if how.startswith("private") else "slave")
 
         space.do(lambda: _make_own(scene.target, how))
         flags = space.do(lambda: look(mount_id(AT_FDCWD, scene.target))).attributes
-        before = own(scene, space)
+        before, shape = own(scene, space), _shape(scene, space)
         holder = scene.hold()
-        with scene.unchanged():
-            assert scene.failure("b", receivers=receivers, busy="fail").exit_code == 4
+        assert scene.failure("b", receivers=receivers, busy="fail").exit_code == 4
         scene.let_go(holder)
+        # Base may be another mount of the same there.
+        assert (own(scene, space), _shape(scene, space)) == (before, shape)
         if expected is not None:
-            with scene.unchanged():
-                error = scene.failure("b", receivers=receivers)
+            error = scene.failure("b", receivers=receivers)
             assert (error.code, error.exit_code) == (expected, 4)
+            assert (own(scene, space), _shape(scene, space)) == (before, shape)
             return
-        scene.swap("b", receivers=receivers)
-        assert scene.which() == b"b"
+        for name in ("b", "c"):
+            reader = scene.reader(space)
+            guard = Guard(space, scene.target, MountAttr.NOEXEC) if how == "restricted" else None
+            scene.swap(name, receivers=receivers)
+            assert guard is None or guard.result()[1] == 0
+            assert set(reader.result()) <= ({b"own"} if how == "replaced" else {b"a", b"b", b"c"})
+            assert scene.which() == name.encode()
+            assert scene.which(space) == (b"own" if how == "replaced" else name.encode())
+            if how.endswith("submount"):
+                assert scene.which(space, b"sub/f") == b"own"
+            assert space.do(lambda: look(mount_id(AT_FDCWD, scene.target))).attributes == flags
+            # Nothing of the content before is left there, and base is what it was.
+            assert len(_shape(scene, space)) == len(shape)
         if how == "replaced":
             assert own(scene, space) == before
-        else:
-            assert scene.which(space) == b"b"
-        if how.endswith("submount"):
-            assert scene.which(space, b"sub/f") == b"own"
-        assert space.do(lambda: look(mount_id(AT_FDCWD, scene.target))).attributes == flags
+        space.do(lambda: take_off(scene.target))
+        assert scene.which(space) == b"base"
 
-    # Base covers the mount around it: nothing can be done beneath one receiver alone.
+    # Base covers the mount around it: there is no way back for one receiver alone.
     expected = None
-    if how in ("restricted", "replaced"):
-        expected = "receiver-cannot-be-kept"
-    elif receivers == "require":
+    if receivers == "require" and how != "replaced":
         expected = "receivers-would-be-left-behind"
+    in_scene(disk, work, "shared", "tmpfs")
+
+
+def test_killed_at_any_moment_over_a_base_that_is_a_mount_nothing_stays_for_good(disk: bytes) -> None:
+    """What is put beneath a receiver's base for the moment goes with the next swap."""
+
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        space = scene.space("slave")
+        space.do(lambda: _make_own(scene.target, "restricted"))
+        most = with_fault(lambda: scene.swap("b")).calls.total()
+        for number in random.SystemRandom().sample(range(1, most + 1), 4):
+            scene.swap("a")
+            killed(scene, number)
+            assert space.do(lambda: look(mount_id(AT_FDCWD, scene.target))).attributes & MountAttr.NOEXEC, number
+            told = attempt(lambda: tuckctl.recover(scene.target))
+            if told is not None:  # it cannot be undone where base covers what a line would lead to
+                assert (told.exit_code, told.code) == (7, "recover-failed"), number
+                take_off(scene.target)
+                assert tuckctl.recover(scene.target).outcome == "recovered", number
+            assert scene.everywhere() == [b"b"] * 2, number
+            space.do(lambda: _make_own(scene.target, "restricted"))
+            scene.swap("c")
+            assert scene.everywhere() == [b"c"] * 2, number
+            assert len(_shape(scene, space)) == 2, number
+
     in_scene(disk, work, "shared", "tmpfs")

@@ -132,7 +132,7 @@ def test_killed_while_receivers_on_receivers_are_brought_none_is_lost(disk: byte
     in_scene(disk, work)
 
 
-def _killed(scene: Scene, number: int, *events: Event) -> None:
+def killed(scene: Scene, number: int, *events: Event) -> None:
     """Kill a swap just before one of its calls from the tuck on."""
     image, pids = scene.image("b"), os.pipe()
 
@@ -195,7 +195,7 @@ def test_where_new_had_come_to_lie_on_old_and_could_not_be_undone_recover_does_i
         scene.space("peer"), scene.space("slave")
         mount = Event(0, lambda: mount_on(scene.target))
         if how == "killed":
-            _killed(scene, 1, mount)
+            killed(scene, 1, mount)
         else:
             image = scene.image("b")
             assert with_fault(lambda: tuckctl.swap(scene.target, [image]), mount).code == "undo-failed"
@@ -221,7 +221,7 @@ def test_what_is_mounted_on_new_after_a_kill_does_not_cost_it_its_place(disk: by
         scene.space("peer"), scene.space("private")
         most = with_fault(lambda: scene.swap("b")).calls.total()
         scene.swap("a")
-        _killed(scene, most)
+        killed(scene, most)
         mount_on(scene.target)
         told = attempt(lambda: tuckctl.recover(scene.target))
         assert told is not None
