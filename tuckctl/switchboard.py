@@ -568,10 +568,6 @@ class Line:
         """Return a mount of nothing, which can lie at the place."""
         return open_tree(AT_FDCWD, b"/directory" if self._is_folder else b"/file", clone=True)
 
-    def put(self, tree: Fd) -> None:
-        """Put a detached mount there."""
-        move_mount(tree, self._spot)
-
     def drop(self) -> None:
         """Take out the lowest mount at the other end; what lies on it stays."""
         if self.decoy is not None:
