@@ -328,17 +328,17 @@ class Asides:
             if aside.is_apart or new.is_copy(below):
                 return
             try:
-                with contextlib.ExitStack() as stack:
-                    seen = stack.enter_context(reach(mount.point, mount.id))
-                    if below.peer_group:
-                        stack.enter_context(alone(stack.enter_context(reach(below.point, below.id)), below))
-                    move_mount(clone, seen, beneath=True)
+                if not self._board.by_line_alone:
+                    with contextlib.ExitStack() as stack:
+                        seen = stack.enter_context(reach(mount.point, mount.id))
+                        if below.peer_group:
+                            stack.enter_context(alone(stack.enter_context(reach(below.point, below.id)), below))
+                        move_mount(clone, seen, beneath=True)
+                    return
             except KernelError as error:
                 # It is locked, or covered.
                 if error.errno not in (errno.EINVAL, errno.ESTALE):
                     raise
-            else:
-                return
             with self._board.line(space, below, relative(mount.point, below.point), occupied=False) as line:
                 line.put_locked(clone).close()
 

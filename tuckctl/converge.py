@@ -30,6 +30,7 @@ from tuckctl.kernel.syscalls import (
     mount_id,
     mount_setattr,
     move_mount,
+    move_mount_set_group,
     namespace_id,
     open_tree,
     open_tree_attr,
@@ -113,6 +114,12 @@ class _Stray:
     """What lay beneath it, was taken out for the moment, and has to come back."""
     found: int = 0
     """The id of what an interrupted attempt had put in its place already."""
+    came: int = 0
+    """The id of the copy of the clone that came to lie beneath its mount, where that was put through a line."""
+    twin: Fd | None = None
+    """A clone of that, with all that was put on it: through it that can be taken out again."""
+    groups: tuple[tuple[bytes, Fd], ...] = ()
+    """Where those submounts are that have relations, each with a clone that has the same: the copies have none."""
     is_bare: bool = False
     """Whether base lies beneath it, and is what is wanted."""
     is_placed: bool = False
@@ -153,12 +160,13 @@ class Convergence:
         around: Mount,
         base: Mount | None = None,
         journal: Journal | None = None,
+        method: str = "auto",
     ) -> None:
         """Take what is replaced, and what replaces it; nothing is done yet.
 
         `left` is earlier content that some receiver was left on; `excepted` tells who is to stay as it is.
         `around` is the mount on which both lie. `base` is the mount that what lies at the bottom is in, where `new`
-        is a directory's descriptor there.
+        is a directory's descriptor there. By the `method` "peer", nothing is put anywhere by MOVE_MOUNT_BENEATH.
         """
         self.excepted = excepted
         self.converged: dict[int, str] = {}
@@ -181,6 +189,7 @@ class Convergence:
         self._stack = contextlib.ExitStack()
         self._board = self._stack.enter_context(Switchboard())
         self._board.lend(around)
+        self._board.by_line_alone = method == "peer"
         self._journal = journal
         if journal is not None:
             self._board.note = journal.changing
@@ -264,9 +273,10 @@ class Convergence:
             self._known = New(look(identity), whole, first)
         return self._known
 
-    def identify(self, new: int, first: int) -> None:
-        """Take the id of the mount that shows new here, and one that no other that does is below."""
+    def identify(self, new: int, first: int, *, by_peer: bool) -> None:
+        """Take the id of the mount that shows new here, one that no other that does is below, and how it came."""
         self._ids = new, first
+        self._board.by_line_alone |= by_peer
 
     def recall(self, aside: Iterable[Mounted], brought: Iterable[Mounted]) -> None:
         """Take what an interrupted transaction told: who was set aside, as they were, and what it put in places."""
@@ -470,6 +480,10 @@ class Convergence:
         setns(space, Clone.NEWNS)
         if not is_gone(stray.mount.id, stray.match.namespace_id):
             self._detach(stray, space)
+        if stray.came:
+            stray.clone.close()
+            stray.clone = insist(partial(reach, stray.mount.point, stray.came))
+            self._regroup(stray)
         if not stray.is_locked and not stray.is_bare:
             self._settle(stray)
             setns(self._board.home, Clone.NEWNS)
@@ -530,7 +544,7 @@ class Convergence:
 
     def _plain_root(self, match: Match, new: New) -> bytes | None:
         """Return the root of what a receiver shows, where it has no relations, and no flags but those that all have."""
-        if match.mount_id in self._doubted:
+        if match.mount_id in self._doubted or self._board.by_line_alone:
             return None
         shown = next((each for each in self._shown if each.device == match.device), None)
         before = self._before.get(match.mount_id, self._asides.original(match))
@@ -656,10 +670,11 @@ class Convergence:
             finally:
                 if stray.layer is not None:
                     insist(partial(self._put_layer, stray, stray.layer, space, new))
-            if stray.found:
+            if stray.found or stray.came:
                 stray.clone.close()
-                stray.clone = reach(stray.mount.point, stray.found)
-            if not stray.is_locked:
+                stray.clone = insist(partial(reach, stray.mount.point, stray.found or stray.came))
+                self._regroup(stray)
+            if not (stray.is_locked or stray.clone.closed):
                 insist(partial(self._settle, stray))
 
     def _note(self, strays: Sequence[_Stray], identity: int = 0) -> None:
@@ -722,6 +737,7 @@ class Convergence:
             new.is_base
             or stray.is_placed
             or stray.clone.closed
+            or self._board.by_line_alone
             or stray.mount.root != stray.shown.root
             or stray.match.propagation & Propagation.UNBINDABLE
             or (stray.is_slave and not self._relations.is_slave_of_old(stray.match))
@@ -740,7 +756,7 @@ class Convergence:
                 self._failed[stray.mount.id] = _why(stray, error)
                 if stray.is_placed and not stray.is_locked:
                     with contextlib.suppress(KernelError):
-                        self.remnants.add(mount_id(stray.clone))
+                        self.remnants.add(stray.came or mount_id(stray.clone))
 
     def _clone(self, stray: _Stray, new: New) -> None:
         """Clone the part of new that the receiver shows of old, with its flags.
@@ -826,7 +842,29 @@ class Convergence:
             if self._asides.is_foreign(stray.match):
                 self._put_there(stray, space, submounts, patient=patient)
             else:
+                self._put_as_it_may_be(stray, space, submounts, patient=patient)
+
+    def _put_as_it_may_be(
+        self, stray: _Stray, space: Fd, submounts: Sequence[tuple[bytes, Fd]], *, patient: bool
+    ) -> None:
+        """Put the clone beneath by MOVE_MOUNT_BENEATH; through a line where that is not to be used, or not there."""
+        if not self._board.by_line_alone:
+            try:
                 self._put_beneath(stray, space, submounts)
+            except KernelError as error:
+                if error.errno != errno.EINVAL or self._has_flag():
+                    raise
+                setns(space, Clone.NEWNS)
+            else:
+                return
+        self._put_by_line(stray, space, submounts, patient=patient)
+
+    def _has_flag(self) -> bool:
+        """Whether the kernel has MOVE_MOUNT_BENEATH; where it has not, that is not tried again."""
+        from tuckctl.kernel.probe import has  # noqa: PLC0415 - for old kernels only
+
+        self._board.by_line_alone = not has("beneath")
+        return not self._board.by_line_alone
 
     def _carried_instead(self, stray: _Stray, name: bytes, space: Fd, board: Switchboard) -> Fd | None:
         """Return what is to come with new to a place in a receiver: the new content of a target that lies there.
@@ -939,6 +977,10 @@ class Convergence:
         ):
             setns(space, Clone.NEWNS)
             top = look(mount_id(stray.clone)) if stray.is_placed else look(stray.mount.id)
+            if self._board.by_line_alone:
+                with self._board.line(space, stray.parent, stray.place, occupied=False) as line:
+                    line.put(clone)
+                return
             seen = stack.enter_context(reach(top.point, top.id))
             self._isolate(stray, stack)
             move_mount(clone, seen, beneath=True)
@@ -969,7 +1011,7 @@ class Convergence:
         """Put the clone into another user namespace: locked in the target's own place, elsewhere if it has to be."""
         ways = [
             partial(self._put_locked, stray, space, submounts, patient=patient),
-            partial(self._put_beneath, stray, space, submounts),
+            partial(self._put_as_it_may_be, stray, space, submounts, patient=patient),
         ]
         if not self._board.is_lent_place(stray.parent, stray.place, self._path):
             ways.reverse()
@@ -998,6 +1040,62 @@ class Convergence:
                 stray.clone.close()
                 stray.clone = Fd(tree.release())
                 stray.names = [name for name, _ in submounts]
+
+    def _put_by_line(self, stray: _Stray, space: Fd, submounts: Sequence[tuple[bytes, Fd]], *, patient: bool) -> None:
+        """Put the clone beneath the receiver's mount by propagation: what comes there is a copy, out of reach."""
+        if submounts and not self._is_placing:
+            self._wait_until_unused(stray, stray.ids, patient=patient)
+        with contextlib.ExitStack() as stack:
+            tree = stray.clone
+            if submounts:
+                tree = stack.enter_context(_with_submounts(self._board, stray.clone, submounts, space))
+                self._note([stray], mount_id(tree))
+                setns(space, Clone.NEWNS)
+            if self._is_placing:
+                # Where it cannot be reached there would be no way back: a bind of the target onto itself covers it.
+                reach(stray.parent.point, stray.parent.id).close()
+            with self._board.line(space, stray.parent, stray.place, occupied=False) as line:
+                if submounts:
+                    mount_setattr(tree, propagation=Propagation.SHARED, recursive=True)
+                    stray.twin = self._stack.enter_context(open_tree(tree, clone=True, recursive=True))
+                line.put(tree)
+                if stray.is_covered:
+                    # What came lies beneath all, and nothing leads to it: through the line, what lies on it goes.
+                    self._board.reveal(tree, lazy=True)
+                    stray.is_off = True
+                    seat = Seat(stray.mount.point, relative(stray.mount.root, stray.shown.root))
+                    self.replaced[stray.mount.id] = seat
+        if stray.is_off:
+            self._tell_placed(self._beneath_cover(stray), stray)
+            stray.clone.close()
+            return
+        stray.came = look(stray.mount.id).parent_id
+        for child in children(stray.mount.id):
+            where = relative(child.point, stray.mount.point)
+            for name, tree in submounts if child.peer_group or child.master else ():
+                if where == name or where.startswith(name + b"/"):
+                    with contextlib.suppress(KernelError):  # what comes there instead has none that are to be kept
+                        member = self._stack.enter_context(open_tree(tree, relative(where, name), clone=True))
+                        stray.groups += ((where, member),)
+        stray.names = [name for name, _ in submounts]
+        stray.is_placed = True
+        self._tell_placed(stray.came, stray)
+
+    @staticmethod
+    def _beneath_cover(stray: _Stray) -> int:
+        """Return the id of what lies lowest in the place of a receiver that was covered."""
+        around = stray.parent
+        return next(m.id for m in children(around.id) if (m.parent_id, m.point) == (around.id, stray.mount.point))
+
+    @staticmethod
+    def _regroup(stray: _Stray) -> None:
+        """Give the submounts the relations again without which their copies came; they are seen now."""
+        if stray.twin is not None:
+            stray.twin.close()
+        for where, member in stray.groups:
+            with contextlib.suppress(KernelError), insist(partial(walk, stray.clone, where)) as root:
+                mount_setattr(root, propagation=Propagation.PRIVATE)
+                move_mount_set_group(member, root)
 
     def _take_out_remains(self, stray: _Stray, space: Fd, new: New) -> None:
         """Take out what an interrupted attempt left beneath the receiver's mount, the lowest first."""
@@ -1071,6 +1169,8 @@ class Convergence:
 
     def _take_off(self, stray: _Stray, space: Fd, *, patient: bool) -> None:
         """Take the receiver's mount off as --busy says; where it stays in use, take the clone out again."""
+        if stray.is_off:
+            return
         if stray.is_covered:
             insist(partial(self._detach, stray, space))
             return
@@ -1143,7 +1243,7 @@ class Convergence:
             if is_gone(mount.id, stray.match.namespace_id):
                 return
         with reach(mount.point, mount.id) as seen:
-            if stray.member is None and not stray.found:
+            if stray.member is None and not (stray.found or stray.came):
                 self._bring_newcomers(stray, seen)
             # What is mounted below goes with it; in a peer group, it would go from the clone as well.
             mount_setattr(seen, propagation=Propagation.PRIVATE, recursive=True)
@@ -1175,9 +1275,9 @@ class Convergence:
             self.converged.pop(stray.found, None)
             stray.is_placed = False
             return
-        clone = look(stray.mount.id).parent_id if stray.is_locked else mount_id(stray.clone)
+        clone = look(stray.mount.id).parent_id if stray.is_locked or stray.came else mount_id(stray.clone)
         self.converged.pop(clone, None)
-        if stray.names:
+        if stray.names and not stray.came:
             # Not all at once: the receiver's own mount lies on the clone.
             mount_setattr(stray.clone, propagation=Propagation.PRIVATE)
             for name in stray.names:
@@ -1187,8 +1287,13 @@ class Convergence:
                 umount2(stray.names[-1], Umount.DETACH)
                 stray.names.pop()
             os.chdir(b"/")
-        if not is_gone(clone, stray.match.namespace_id):
+        if stray.twin is not None:
+            with self._board.line(space, stray.parent, stray.place, occupied=True, like=stray.twin) as line:
+                line.drop()
+        elif not is_gone(clone, stray.match.namespace_id):
             self._board.take_out_lowest(space, stray.parent, stray.place)
+        if stray.came and not is_gone(stray.came, stray.match.namespace_id):
+            self.remnants.add(stray.came)  # mounts lie on it
         stray.is_placed = False
 
     def _settle(self, stray: _Stray) -> None:
@@ -1261,6 +1366,9 @@ def _with_submounts(board: Switchboard, clone: Fd, submounts: Sequence[tuple[byt
     with contextlib.ExitStack() as stack:
         try:
             copies = [(name, stack.enter_context(_copy(board, tree, space))) for name, tree in submounts]
+            for _, copy in copies if board.by_line_alone else ():
+                # Taken out again, what lies on them must not go from those that they were cloned from.
+                mount_setattr(copy, propagation=Propagation.PRIVATE, recursive=True)
             return board.assembled(clone, copies)
         finally:
             insist(partial(setns, space, Clone.NEWNS))

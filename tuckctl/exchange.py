@@ -206,7 +206,7 @@ class Exchange:
         self.note_peer: Callable[[Mount], None] = lambda _: None
         """Is told that the tuck is about to be made from an uncovered peer, and of new as it is there."""
         self._board: Switchboard | None = None
-        self._is_by_peer = False
+        self.is_by_peer = False
         self._brought: Mount | None = None
         """What was brought by an uncovered peer, as it was there."""
         self.found = NOBODY
@@ -270,12 +270,18 @@ class Exchange:
         try:
             move_mount(self.new, self.target.parent, self.target.name, beneath=True)
         except KernelError as error:
-            if error.errno != errno.EINVAL or self.method == "beneath":
+            if error.errno != errno.EINVAL:
                 raise
             from tuckctl.kernel.probe import has  # noqa: PLC0415 - for old kernels only
 
             if has("beneath"):
                 raise
+            if self.method == "beneath":
+                raise UnsupportedError(
+                    "kernel-too-old",
+                    f"{show(self.target.path)}: this kernel lacks MOVE_MOUNT_BENEATH, which is there since Linux 6.5",
+                    "--tuck-method peer needs none",
+                ) from error
             return False
         return True
 
@@ -289,7 +295,7 @@ class Exchange:
         if not self.can_undo:
             raise no_way(self.target, "a private filesystem on it lies under the content, where nothing leads to it")
         mount_setattr(self.new, propagation=Propagation.SHARED, recursive=True)
-        self._is_by_peer = True
+        self.is_by_peer = True
         if alone:
             self._tuck_apart(board)
         else:
@@ -383,7 +389,7 @@ class Exchange:
 
     def _attach_alone(self) -> None:
         """Attach what must not come to others: for that, new leaves its group for the moment."""
-        if self._is_by_peer:
+        if self.is_by_peer:
             return
         if self.carriage.alone and self.parent_shared:
             self.note(look(self.new_id))
@@ -564,7 +570,7 @@ class Exchange:
                 mount_setattr(shown, propagation=Propagation.SHARED)
             elif not self.parent_shared and look(self.new_id).peer_group:
                 mount_setattr(shown, propagation=Propagation.PRIVATE)
-        if self._is_by_peer:
+        if self.is_by_peer:
             self._part_submounts()
             if not self.parent_shared:
                 self._part_others(group, look(self.new_id).device)
@@ -572,7 +578,7 @@ class Exchange:
     @contextlib.contextmanager
     def _shown(self) -> Iterator[Fd]:
         """Open the root of new as it is seen here."""
-        if not self._is_by_peer:
+        if not self.is_by_peer:
             yield self.new
             return
         with openat2(self.target.parent, self.target.name, os.O_PATH, Resolve.NO_SYMLINKS) as shown:
@@ -653,14 +659,8 @@ class Exchange:
 
         What someone mounted on old just before the tuck lies on new, and new on old: the parent is old then.
         """
-        if self._is_by_peer and self._board is not None:
-            with (
-                open_tree(self.new, clone=True, recursive=True) as clone,
-                self._parent_shared(),
-                self._uncovered(self._board) as member,
-            ):
-                place = b"" if self.base is not None else self.target.name
-                on_thread(partial(self._board.untuck, clone, member, place))
+        if self.is_by_peer and self._board is not None:
+            insist(partial(self._untuck_by_peer, self._board))
             return
         is_covered = self.old is not None and self.target.top_id() != self.old.id
         parent = look(look(self.new_id).parent_id)
@@ -696,6 +696,15 @@ class Exchange:
                 in_copy(take_out, directory=self.new)
             finally:
                 mount_setattr(root, propagation=self.parent.propagation)
+
+    def _untuck_by_peer(self, board: Switchboard) -> None:
+        with (
+            open_tree(self.new, clone=True, recursive=True) as clone,
+            self._parent_shared(),
+            self._uncovered(board) as member,
+        ):
+            place = b"" if self.base is not None else self.target.name
+            on_thread(partial(board.untuck, clone, member, place))
 
     def _parent_root(self) -> Fd:
         """Open the root of the mount that new lies on; KernelError or ValueError where it cannot be reached."""
@@ -853,7 +862,8 @@ def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None])
         enter("tuck")
         for part in wave:
             part.exchange.tuck(part.convergence.excepted, part.convergence.board)
-            part.convergence.identify(part.exchange.new_id, part.exchange.first_id)
+            exchange = part.exchange
+            part.convergence.identify(exchange.new_id, exchange.first_id, by_peer=exchange.is_by_peer)
             part.identify()
         enter("verify")
         for part in wave:

@@ -418,7 +418,7 @@ class _Recovery:
                     journal=self.journal,
                 )
             )
-            convergence.identify(entry.new, entry.first_id)
+            convergence.identify(entry.new, entry.first_id, by_peer=entry.method == "peer")
             convergence.recall((*self.apart, *entry.aside), entry.brought)
             convergence.know(before.slaves, before.peers, before.remnants)
             if self.scene.outer or self.is_nested:

@@ -116,6 +116,8 @@ class Switchboard:
         self._taps: dict[int, Fd] = {}
         self.note: Callable[[Mount], None] = lambda _: None
         """Is told of each mount whose propagation is about to be changed for the moment."""
+        self.by_line_alone = False
+        """Whether nothing is to be put beneath a mount but through a line: not by MOVE_MOUNT_BENEATH."""
 
     @staticmethod
     def _make(home: Fd) -> Fd:
@@ -333,11 +335,12 @@ class Switchboard:
             line.drop()
 
     @contextlib.contextmanager
-    def line(self, space: Fd, parent: Mount, place: bytes, *, occupied: bool) -> Iterator[Line]:
+    def line(self, space: Fd, parent: Mount, place: bytes, *, occupied: bool, like: Fd | None = None) -> Iterator[Line]:
         """Open a line to a place of `parent` in one namespace; the thread is in the helper namespace for the block.
 
-        `occupied` tells whether the lowest mount there may be dropped. Raises KernelError where there can
-        be no line; then nothing has changed.
+        `occupied` tells whether the lowest mount there may be dropped; with what lies on it where `like` is a detached
+        clone of that mount, with clones of those, in whose peer groups they are, or whose slaves. Raises KernelError
+        where there can be no line; then nothing has changed.
         """
         if parent.id in self._taps:
             with self._tapped(self._taps[parent.id], space, occupied=occupied) as line:
@@ -358,7 +361,9 @@ class Switchboard:
             try:
                 line = Line(slot + b"/" + place, spot, is_folder=is_folder(spot))
                 if occupied:
-                    line.decoy = stack.enter_context(line.blank())
+                    line.decoy = stack.enter_context(
+                        open_tree(like, clone=True, recursive=True) if like is not None else line.blank()
+                    )
                     move_mount(line.decoy, spot)
                 setns(space, Clone.NEWNS)
                 _connect(root, end, borrowed=borrowed, shared=bool(parent.peer_group))

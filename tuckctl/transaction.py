@@ -947,6 +947,7 @@ def _enlist(
             excepted=excepted,
             around=target.below,
             journal=journal,
+            method=request.tuck_method,
         )
     )
     known = holding.read_replaced(places.of(target.path))

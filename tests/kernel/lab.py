@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import pickle
 import platform
@@ -34,7 +35,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 1, 4, 36
 _NOBODY = 65534
 _PATIENCE = 10.0
 # Where linux/seccomp.h has the call's number, and the lower half of its second argument on a little-endian machine.
-_NUMBER, _SECOND_ARGUMENT = 0, 24
+_NUMBER, _SECOND_ARGUMENT, _FIFTH_ARGUMENT = 0, 24, 48
 _PLACES = ("/tmp", "/var/tmp", "/dev/shm")
 
 
@@ -255,6 +256,12 @@ def deny_ioctls(commands: Iterable[int], error: int = 25) -> None:
     number = {"x86_64": 16}.get(platform.machine(), 29)
     for command in commands:
         _deny([(_NUMBER, number), (_SECOND_ARGUMENT, command)], error)
+
+
+def deny_beneath() -> None:
+    """Make MOVE_MOUNT_BENEATH an unknown flag of move_mount(2) for the rest of this process."""
+    for others in (0x4, 0x44):
+        _deny([(_NUMBER, 429), (_FIFTH_ARGUMENT, 0x200 | others)], errno.EINVAL)
 
 
 def _deny(tests: Sequence[tuple[int, int]], error: int) -> None:

@@ -19,7 +19,7 @@ import tuckctl
 from tests.kernel import test_nobody_sees_base as nobody
 from tests.kernel.faults import Progress, sampled, walks
 from tests.kernel.injected import Event, with_fault
-from tests.kernel.lab import in_own_namespace, needs_root
+from tests.kernel.lab import deny_beneath, in_own_namespace, needs_root
 from tests.kernel.readers import programs
 from tests.kernel.scenes import Scene, Space, fault, in_scene, mount_on, only_here, settle, stack_at, traced
 from tests.kernel.test_faults import SEED, needs_images
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 pytestmark = needs_root
 
-_EXCHANGES = 80
+_EXCHANGES = 50
 _SAMPLE = 8
 _KILLED = 0.04
 _FLAG = re.compile(r"move_mount\(.*(MOVE_MOUNT_BENEATH|0x2\d\d)\b")
@@ -184,6 +184,39 @@ def test_killed_at_any_system_call_it_leaves_one_whole_generation(capsys: pytest
             with capsys.disabled():
                 progress.conclude(outcomes, SEED)
     assert not wrong, "\n".join([f"TUCKCTL_FAULTS_SEED={SEED}", *wrong])
+
+
+def test_where_the_kernel_lacks_the_flag_it_is_not_needed(disk: bytes) -> None:
+    """A seccomp filter in place of an old kernel."""
+
+    def work(scene: Scene) -> None:
+        deny_beneath()
+        auto: dict[str, Any] = {"tuck_method": "auto"}
+        scene.swap("a", **auto)
+        for kind in ("peer", "slave", "user", "private"):
+            scene.space(kind)
+        own = scene.space("private")
+        own.do(lambda: mount_on(scene.target + b"/sub", Propagation.SHARED))
+        with scene.unchanged():
+            error = scene.failure("b", tuck_method="beneath")
+            assert (error.code, error.exit_code) == ("kernel-too-old", 69)
+        holder = scene.hold()
+        for receivers in ("converge", "require"):
+            with scene.unchanged():
+                assert scene.failure("b", receivers=receivers, busy="fail", **auto).code == "busy"
+        scene.let_go(holder)
+        readers = [scene.reader(), *map(scene.reader, scene.spaces)]
+        for number, receivers in enumerate(("converge", "require")):
+            name = "ba"[number]
+            scene.swap(name, receivers=receivers, **auto)
+            assert set(scene.everywhere()) == {name.encode()}
+            assert len(scene.mounts_at(b"sub", own)) == 1
+        for reader in readers:
+            assert set(reader.result()) <= {b"a", b"b"}
+        assert scene.detach(receivers="require").outcome == "swapped"
+        assert set(scene.everywhere()) == {b"base"}
+
+    in_scene(disk, work)
 
 
 def test_where_it_cannot_be_done_it_is_refused_and_nothing_is_touched(disk: bytes) -> None:

@@ -82,6 +82,22 @@ def _beneath(scene: _Scene) -> None:
         move_mount(new, scene.tree, b"spot", beneath=True)
 
 
+def _uncovered_peer(scene: _Scene) -> None:
+    """What is mounted on a clone of a shared mount comes to that one, beneath what lies there."""
+    with _tmpfs() as around, _tmpfs() as top, _tmpfs() as new:
+        move_mount(around, scene.tree, b"left")
+        mount_setattr(around, propagation=Propagation.SHARED)
+        os.mkdir("spot", dir_fd=around.fileno())
+        move_mount(top, around, b"spot")
+        with open_tree(around, clone=True) as peer:
+            move_mount(peer, scene.tree, b"right")
+            move_mount(new, peer, b"spot")
+        for wanted in (top, new):
+            if os.stat("spot", dir_fd=around.fileno()).st_dev != os.fstat(wanted.fileno()).st_dev:
+                raise KernelError("move_mount", "a clone of a shared mount", errno.EOPNOTSUPP)
+            umount2(around.path(b"spot"), Umount.DETACH)
+
+
 def _set_group(scene: _Scene) -> None:
     with scene.bind() as member, scene.bind() as joining:
         move_mount(member, scene.tree, b"left")
@@ -132,6 +148,7 @@ _TRIALS: Mapping[str, tuple[str, Callable[[_Scene], object]]] = {
     "mount-api": ("5.2", lambda _: _tmpfs().close()),
     "mount-setattr": ("5.12", lambda s: mount_setattr(s.tree, set_=MountAttr.NODEV)),
     "set-group": ("5.15", _set_group),
+    "uncovered-peer": ("4.11", _uncovered_peer),
     "beneath": ("6.5", _beneath),
     "unique-mount-ids": ("6.8", lambda s: mount_id(s.tree)),
     "statmount": ("6.8", lambda s: statmount(mount_id(s.tree), StatMount.MNT_BASIC)),
@@ -148,8 +165,8 @@ _TRIALS: Mapping[str, tuple[str, Callable[[_Scene], object]]] = {
 
 # Without these there is no swap.
 NEEDED = (
-    "beneath", "detached-layers", "layers-by-fd", "listmount", "mount-api", "mount-setattr", "namespace-ioctls",
-    "onto-detached", "overlay", "set-group", "statmount", "unique-mount-ids",
+    "detached-layers", "layers-by-fd", "listmount", "mount-api", "mount-setattr", "namespace-ioctls",
+    "onto-detached", "overlay", "set-group", "statmount", "uncovered-peer", "unique-mount-ids",
 )  # fmt: skip
 
 
