@@ -164,7 +164,8 @@ def _swap(asked: Asked) -> TransactionResult:
             with _carried([each.scene for each in unchanged], changing):
                 done = _record_and_exchange(course, turns, deadline=deadline, places=places)
             results = {result.target: result for result in done}
-            for each in unchanged:
+            # The inner ones first: who has to be brought to an outer one's content takes along what it has of those.
+            for each in sorted(unchanged, key=lambda each: each.scene.target.path, reverse=True):
                 scene = _as_seen(each.scene)
                 told = _told_unchanged(course, scene, each.request, deadline=deadline, places=places)
                 results[told.target] = told
