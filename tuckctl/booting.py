@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tuckctl.course import begin
+from tuckctl.durable import is_absent
 from tuckctl.errors import (
     FailedError,
     ImageError,
@@ -59,7 +60,7 @@ def _in_order(places: Places) -> list[Records]:
     """Return the records of every target, with its name; those that others lie in come first."""
     found = []
     for records in all_records(places.state):
-        if records.numbers() or os.path.lexists(os.path.join(records.directory, b"current.json")):
+        if records.numbers() or not is_absent(os.path.join(records.directory, b"current.json")):
             records.target = _name(records) or b""
             found.append(records)
     return sorted(found, key=lambda records: (records.target.count(b"/"), records.target))

@@ -14,7 +14,7 @@ import time
 from typing import TYPE_CHECKING
 
 from tuckctl import stop
-from tuckctl.durable import check_directory, prepare_directory, state_error, sync_directory
+from tuckctl.durable import check_directory, is_absent, prepare_directory, state_error, sync_directory
 from tuckctl.errors import InterruptedError as Interruption
 from tuckctl.errors import RefusedError, TuckError, UsageError
 from tuckctl.generations import Records, all_records, target_of
@@ -60,7 +60,7 @@ class _Collection:
         return Collected(tuple(self._removed), error=problem, warnings=tuple(self._warnings))
 
     def run(self, places: Places) -> None:
-        if not os.path.lexists(places.state):
+        if is_absent(places.state):
             return
         try:
             check_directory(places.state)
@@ -175,4 +175,4 @@ def _interrupted(folder: bytes) -> set[int | None]:
     entry = Journal(folder).read()
     if entry is not None:
         return {entry.generation, entry.previous}
-    return {-1} if os.path.lexists(os.path.join(folder, b"journal")) else set()
+    return set() if is_absent(os.path.join(folder, b"journal")) else {-1}

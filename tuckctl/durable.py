@@ -37,6 +37,17 @@ def state_error(path: bytes, error: OSError) -> TuckError:
     return RefusedError("state-unusable", message, f"make it a directory that root can write to, {elsewhere}")
 
 
+def is_absent(path: bytes) -> bool:
+    """Whether there is nothing. What cannot be looked at is not absent: who reads it tells what is wrong."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _make_directories(path: bytes) -> None:
     """Make a directory and what is missing above it, 0700 whatever the umask, each with its name on the disk."""
     try:

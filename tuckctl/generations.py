@@ -10,6 +10,7 @@ import functools
 import json
 import os
 import re
+import stat
 from typing import Any, TypeVar
 
 from tuckctl.durable import Draft, parse_json, prepare_directory, read_file, state_error
@@ -348,6 +349,10 @@ def all_records(state: bytes) -> list[Records]:
     for key in keys:
         records = Records(state, b"")
         records.directory = os.path.join(folder, key)
-        if os.path.isdir(records.directory):
+        try:
+            is_folder = stat.S_ISDIR(os.stat(records.directory).st_mode)
+        except OSError:
+            is_folder = True  # who reads it tells what is wrong; to pass it over would leave a target on base
+        if is_folder:
             found.append(records)
     return found
