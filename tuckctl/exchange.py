@@ -677,10 +677,12 @@ class Exchange:
                 move_mount_set_group(self.new, here)
             umount2(name, Umount.DETACH)
 
-        if parent.peer_group:
+        is_on_old = self.old is not None and parent.id == self.old.id
+        # A private mount around the target is shared for the moment of another target's undo, too.
+        if parent.peer_group if is_on_old else self.parent_shared:
             in_copy(take_out, directory=self.new)
             return
-        if self.old is not None and parent.id == self.old.id:
+        if is_on_old:
             if self.target.top_id() != self.new_id:
                 msg = "something else was mounted on it"
                 raise RuntimeError(msg)
@@ -700,6 +702,7 @@ class Exchange:
     def _untuck_by_peer(self, board: Switchboard) -> None:
         with (
             open_tree(self.new, clone=True, recursive=True) as clone,
+            contextlib.nullcontext() if self.parent_shared else alone_on(self.parent.point),
             self._parent_shared(),
             self._uncovered(board) as member,
         ):
