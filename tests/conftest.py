@@ -7,6 +7,7 @@ With --tuck-method, everything that is swapped without naming a method of its ow
 from __future__ import annotations
 
 import os
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,6 +26,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # In the background of a shell they are ignored, and what is started here would ignore them as well.
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     os.environ["TUCKCTL_TEST_TUCK_METHOD"] = config.getoption("--tuck-method")
     for command in (tuckctl.commands, tuckctl.cli.app):
         for function in (command.swap, command.rollback):

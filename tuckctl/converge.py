@@ -497,8 +497,10 @@ class Convergence:
         wanted = list(stale)
         self._bring(wanted, patient=False)
         # What the kernel would not have once may have been for what others did at that moment.
-        again = {"covered", "unreachable"} | ({"busy"} if self._busy == "wait" else set())
+        again = {"covered", "unreachable", "locked"} | ({"busy"} if self._busy == "wait" else set())
         wanted = [match for match in wanted if self._failed.get(match.mount_id) in again]
+        if any(self._failed[match.mount_id] == "locked" for match in wanted):
+            time.sleep(_LONGEST_PAUSE)  # a namespace that has ended is a peer until the kernel has taken it down
         for match in wanted:
             del self._failed[match.mount_id]
         self._bring(wanted, patient=self._busy == "wait")
