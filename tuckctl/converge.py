@@ -197,9 +197,9 @@ class Convergence:
         self._relations = Relations(old, self._board.home, self._stack)
         self._placed: list[_Stray] = []
         self._lying: dict[int, Brought] = {}
+        """Those beneath whose mounts new lies, and who use them, by the ids of their mounts."""
         self.remnants: set[int] = set()
         """The ids of mounts beneath receivers for whom they were meant, which could not be taken out again."""
-        """Those beneath whose mounts new lies, and who use them, by the ids of their mounts."""
         self._is_placing = False
         self._known: New | None = None
         self._ids: tuple[int, int] | None = None
