@@ -213,6 +213,38 @@ class Exchange:
         """Who received new, and who did not, as it was seen after the tuck."""
         self.is_inside = False
         """Whether the target lies in another one: copies of what is replaced may lie beneath the content of that."""
+        self._cover: Fd | None = None
+        self.cover_id = 0
+        """The id of a clone of base that covers a first overlay until it is revealed; 0 where none does."""
+
+    @contextlib.contextmanager
+    def covered(self) -> Iterator[None]:
+        """Prepare, for a block, to keep a first overlay unseen until it is revealed, where that can be.
+
+        A clone of what is seen now is put on the target then, and new beneath that. It has the flags of what is around
+        it here, and comes to everyone. So it cannot be where someone has stricter ones.
+        """
+        can_be = self.old is None and not len(self.carriage) and self.method != "peer"
+        if not can_be or (self.base is not None and not self.parent_shared) or self._has_stricter_followers():
+            yield
+            return
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(KernelError):  # in a user namespace it may not be cloned
+                cover = stack.enter_context(open_tree(self.target.parent, self.target.name, clone=True))
+                mount_setattr(cover, propagation=Propagation.PRIVATE)
+                self._cover, self.cover_id = cover, mount_id(cover)
+            yield
+
+    def _has_stricter_followers(self) -> bool:
+        if not self.parent_shared:
+            return False
+        around = observe([self.parent.device]).matches
+        return any((m.peer_group or m.master) and m.attributes & ~self.parent.attributes for m in around)
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether new is not seen before something is taken off it."""
+        return self.old is not None or bool(self.cover_id)
 
     @property
     def root(self) -> Exchange:
@@ -256,7 +288,9 @@ class Exchange:
                 if self.others is not None:
                     self._place_apart(self.others)
                     return
-                if self.old is None:
+                if self._cover is not None:
+                    self._tuck_under_cover(self._cover)
+                elif self.old is None:
                     move_mount(self.new, self.target.parent, self.target.name)
                 elif self.method == "peer" or not self._is_tucked_by_flag():
                     self._tuck_by_peer(board)
@@ -264,6 +298,11 @@ class Exchange:
                 raise _explain(error, self.target) from error
         if self.old is None:
             self._attach_alone()
+
+    def _tuck_under_cover(self, cover: Fd) -> None:
+        move_mount(cover, self.target.parent, self.target.name)
+        cover.close()  # it would keep its mount busy
+        move_mount(self.new, self.target.parent, self.target.name, beneath=True)
 
     def _is_tucked_by_flag(self) -> bool:
         """Put new beneath old by MOVE_MOUNT_BENEATH; say whether this kernel has that."""
@@ -417,7 +456,8 @@ class Exchange:
         Who would lose something by the reveal is set aside.
         """
         seen = self.target.refreshed().stack
-        wanted = [self.new_id] if self.old is None else [self.new_id, self.old.id]
+        above = self.old.id if self.old is not None else self.cover_id
+        wanted = [self.new_id, above] if above else [self.new_id]
         around = seen[-len(wanted) - 1].id if len(seen) > len(wanted) else self.target.around.id
         if [mount.id for mount in seen[-len(wanted) :]] != wanted or around != self.parent.id:
             raise UndoneError(
@@ -444,7 +484,7 @@ class Exchange:
             self._attach_alone()
             self.step("arrived")
             found = convergence.lock(found, self.carriage.shared(parent_shared=self.parent_shared))
-        elif not len(self.carriage):
+        elif not (len(self.carriage) or self.cover_id):
             convergence.lock_seen(found.alone)
         if self.old is None:
             self.hidden = tuple(match.namespace_inode for match in found.alone if self._hides(match))
@@ -495,17 +535,16 @@ class Exchange:
         return remove(self.target, self.old, busy, deadline, below=self._below, follow=follow, ids=self._covered)
 
     def leaving(self) -> Leaving:
-        """Return what is to be taken off, together with what lies on other targets; there has to be an old."""
+        """Return what is to be taken off, together with what lies on other targets; there has to be something."""
         if self.old is None:
-            msg = "nothing lies on new"
-            raise ValueError(msg)
+            return Leaving(self.target, look(self.cover_id), (), (), (), self.new, self.new_id, unasked=True)
         return Leaving(self.target, self.old, self._below, self.found.follow, self._covered, self.new, self.new_id)
 
     @property
     def is_revealed(self) -> bool:
         """Whether new is here in the place of an old that is gone, though someone may have mounted something on it."""
-        ids = self._ids()
-        return self.old is not None and self.new_id in ids and self.old.id not in ids
+        ids, above = self._ids(), self.old.id if self.old is not None else self.cover_id
+        return bool(above) and self.new_id in ids and above not in ids
 
     @property
     def going(self) -> tuple[int, ...]:
@@ -560,6 +599,8 @@ class Exchange:
     def restore_propagation(self) -> None:
         """Give new the propagation that old had here: after the reveal, which follows new's own."""
         if self.old is None:
+            if self.cover_id and not self.parent_shared and look(self.new_id).peer_group:
+                mount_setattr(self.new, propagation=Propagation.PRIVATE)
             return
         wanted = self.old.propagation & (Propagation.PRIVATE | Propagation.UNBINDABLE)
         group = look(self.new_id).peer_group
@@ -620,7 +661,10 @@ class Exchange:
     def _back_out(self) -> bool:
         ids = self._ids()
         if self.new_id not in ids:
-            if self.old is None or self.old.id in ids:
+            if self.old is None:
+                self._uncover()
+                return True
+            if self.old.id in ids:
                 return True
         elif self.old is None:
             if ids[-1] == self.new_id:
@@ -629,6 +673,7 @@ class Exchange:
                 detach(self.target, new.id, children(new.id), copies)
             else:
                 self._untuck()
+                self._uncover()
             return True
         elif self.old.id not in ids:
             return False
@@ -645,6 +690,15 @@ class Exchange:
             f"{show(self.target.path)}: the content before is seen, but the new one could not be taken out",
             f"tuckctl status {quoted(self.target.path)}",
         )
+
+    def _uncover(self) -> None:
+        """Take the cover off base, of which it is a clone. Raises RuntimeError where something else lies on it."""
+        ids = self._ids()
+        if self.cover_id in ids:
+            if ids[-1] != self.cover_id:
+                msg = "something else was mounted on it"
+                raise RuntimeError(msg)
+            umount2(self.target.place, Umount.DETACH)
 
     def _ids(self) -> list[int]:
         """Return the ids of what is mounted on the target now, lowest first."""
@@ -797,6 +851,7 @@ def run(
                 for part in parts:
                     part.journal.step("reveal")
                 _reveal(parts, busy, deadline, warn)
+                _lock(parts)
                 _share(parts)
         except BaseException as error:  # noqa: BLE001 - raised again, unless it is too late
             enter("undo")
@@ -830,6 +885,13 @@ def _let_go(parts: Sequence[Part]) -> Iterator[None]:
                 part.exchange.find_again()
 
 
+def _lock(parts: Sequence[Part]) -> None:
+    """Keep what was covered until now from the root of other user namespaces."""
+    for part in parts:
+        if part.exchange.cover_id:
+            part.convergence.lock_seen(part.exchange.found.alone)
+
+
 def _share(parts: Sequence[Part]) -> None:
     """Tell who uses what lay in another target's content of the target that it was, and of no other."""
     for part in parts:
@@ -857,8 +919,8 @@ def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None])
         part.exchange.note, part.exchange.step = part.journal.changing, part.journal.step
         part.exchange.note_peer = part.journal.tucking_by_peer
         part.journal.step("tuck")
-    unseen = [part for part in parts if part.exchange.root.old is not None]
-    seen = [part for part in reversed(parts) if part.exchange.root.old is None]
+    unseen = [part for part in parts if part.exchange.root.is_unseen]
+    seen = [part for part in reversed(parts) if not part.exchange.root.is_unseen]
     for wave in (_roots_first(unseen), _roots_first(seen)):
         if not wave:
             continue
@@ -879,7 +941,7 @@ def _arrive(parts: Sequence[Part], receivers: str, enter: Callable[[str], None])
 def _reveal(parts: Sequence[Part], busy: str, deadline: float, warn: Callable[[str, str, str], None]) -> None:
     """Take off what lies on new: at one instant where that can be, and else one right after the other."""
     roots = [part for part in parts if part.exchange.root is part.exchange]
-    waiting = [part for part in roots if part.exchange.old is not None]
+    waiting = [part for part in roots if part.exchange.is_unseen]
     if len(roots) == 1:
         for part in waiting:
             part.replaced = part.exchange.reveal(busy, deadline)
@@ -915,6 +977,8 @@ def _undo(parts: Sequence[Part], error: BaseException) -> None:
             part.journal.step("undo")
     done = [part for part in parts if part.exchange.is_revealed]
     if len(done) < len(parts):
+        # A first overlay is taken off again: what was before, is beneath it.
+        done = [part for part in done if part.exchange.root.old is not None]
         for part in done:
             with contextlib.suppress(TuckError):
                 part.journal.step("back")

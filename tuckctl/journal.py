@@ -116,6 +116,8 @@ class Entry:
     """The id that was told of new, where another mount shows it: no mount that does has a lower one."""
     within: bytes = b""
     """The target of the same transaction that this one lies in, and with whose content its own comes and goes."""
+    cover: int = 0
+    """The id of a clone of base that was to cover a first overlay until it is revealed, 0 for none."""
 
     def turned(self) -> Entry:
         """Return what was to happen on the way back."""
@@ -439,4 +441,5 @@ def _entry(lines: list[dict[str, Any]], damage: str | None) -> Entry:
         by_peer,
         back_by_peer,
         within=os.fsencode(first.get("within", "")),
+        cover=unsigned(first.get("cover", 0)),
     )

@@ -189,13 +189,18 @@ class _Recovery:
 
     @property
     def is_tucked(self) -> bool:
-        """Whether new lies beneath old, which is seen."""
-        return bool(self.entry.new) and self.top == self.entry.old.id and self.entry.new in self.ids
+        """Whether new lies beneath old, which is seen, or beneath what covers a first overlay."""
+        return bool(self.entry.new) and self.top == self.above and self.entry.new in self.ids
 
     @property
     def is_revealed(self) -> bool:
         """Whether old is gone and new is there, though someone may have mounted something on it."""
-        return bool(self.entry.new) and self.entry.new in self.ids and self.entry.old.id not in self.ids
+        return bool(self.entry.new) and self.entry.new in self.ids and self.above not in self.ids
+
+    @property
+    def above(self) -> int:
+        """The id of what lies on new before it is revealed, 0 for nothing."""
+        return self.entry.old.id or self.entry.cover
 
     @property
     def is_nested(self) -> bool:
@@ -217,7 +222,7 @@ class _Recovery:
         """Take new out from beneath old, in one namespace after the other. Raises KernelError where it cannot be."""
         self.enter("undo")
         self.journal.step("undo")
-        if self.is_tucked:
+        if self.is_tucked and self.entry.old.id:
             self._strip()
         with Switchboard() as board:
             mine = self.entry.new
@@ -243,6 +248,8 @@ class _Recovery:
             if mine in self.ids and mine != self.top:
                 on_thread(partial(_take_out, board, mine, board.home, 0))
             self.repair(board)
+        if self.entry.cover and self.target.top_id() == self.entry.cover:
+            umount2(self.target.place, Umount.DETACH)
 
     @property
     def _is_over(self) -> bool:
@@ -350,6 +357,10 @@ class _Recovery:
         """Take old off. Returns the ids of what someone may still use."""
         self.enter("reveal")
         self.journal.step("reveal")
+        if not self.entry.old.id:
+            cover = look(self.entry.cover)
+            remove(self.target, cover, "lazy", 0.0, below=children(cover.id), follow=(), ids=())
+            return ()
         old, new = look(self.entry.old.id), look(self.entry.new)
         sight = observe([old.device, new.device])
         found = arrival(sight, copies_of(sight, old), new.device)

@@ -150,7 +150,7 @@ def remove_in_turn(leaving: Sequence[Leaving], busy: str, deadline: float) -> It
     Yields each that may have been detached while someone used it. Raises UndoneError as `remove` does: then some may
     be off.
     """
-    left = [each for each in reversed(leaving) if not each.unasked] + [each for each in leaving if each.unasked]
+    left = list(reversed(leaving))
     for _ in stop.pauses(deadline):
         _refuse_losses(left)
         if not any(find_holders(each.target.path, each.ids, ()) for each in left if not each.unasked):

@@ -992,6 +992,7 @@ def _begin(course: Course, enlisted: Sequence[_Enlisted]) -> None:
             previous=each.current.previous,
             old=whole(each.turn.exchange.old),
             new=each.turn.exchange.new_id,
+            cover=each.turn.exchange.cover_id,
             method=each.turn.exchange.method,
             **_within(each.turn.exchange),
         )
@@ -1011,6 +1012,8 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
             _enlist(stack, turn, excepted, way_back=way_back, deadline=deadline, places=places) for turn in turns
         ]
         _nest(enlisted)
+        for root in _roots(turns) if len(_roots(turns)) > 1 else ():
+            stack.enter_context(root.exchange.covered())
         try:
             _begin(course, enlisted)
             revealed = run(

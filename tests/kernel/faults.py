@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from tests.kernel.stage import Task
 
-WALKS = ("swap", "rollback", "detach", "first", "boot", "two", "nested", "recover")
+WALKS = ("swap", "rollback", "detach", "first", "boot", "two", "nested", "beside", "recover")
 EVERY = (*WALKS, "peer")
 """Those, and a swap by --tuck-method peer."""
 ROOT = Path(__file__).parents[2]

@@ -40,7 +40,7 @@ _OWN = {"sub/own": b"own", "file": b"own"}
 _CONTENTS = ("base", "a", "b")
 _COMMON = {"common": b"common"}
 _TREES = {"base": BASE, **{name: BASE | _COMMON | image_files(name) for name in ("a", "b")}}
-_SEVERAL = ("two", "nested")
+_SEVERAL = ("two", "nested", "beside")
 """The walks with several targets."""
 _INNER = b"both"
 """Where one target lies in the other."""
@@ -125,7 +125,8 @@ class Receiver(NamedTuple):
 
 class Stage:
     """The scene, for one walk: a swap, a rollback, a detach, a first swap on a bare directory, a boot, a recovery,
-    a swap of two targets, one of two of which one lies in the other, a swap from an uncovered peer.
+    a swap of two targets, one of two of which one lies in the other, one of a bare target beside a live one, one from
+    an uncovered peer.
 
     `cut` is where the swap was killed that is to be recovered.
     """
@@ -136,7 +137,7 @@ class Stage:
         self.target = self.scene.target
         self.argument = os.fsdecode(self.target)
         self.targets = [self.target]
-        if walk_name == "two":
+        if walk_name in ("two", "beside"):
             self.targets.append(write_tree(os.path.join(self.scene.around, b"u"), BASE))
         if walk_name == "nested":
             self.targets.append(self.target + b"/" + _INNER)
@@ -144,10 +145,10 @@ class Stage:
         self.do(*self.swap_to("b"))
         self.do(*self.swap_to("a"))
         self._folders = [os.path.join(disk, b"state/targets", key_of(target).encode()) for target in self.targets]
-        if walk_name == "first":
+        if walk_name in ("first", "beside"):
             self.do("detach", self.argument)
         # From base, nothing leads to those that are no peers and no slaves.
-        for kind in _FOLLOWERS if walk_name in ("first", "boot") else (*_FOLLOWERS, *STRAYS):
+        for kind in _FOLLOWERS if walk_name in ("first", "beside", "boot") else (*_FOLLOWERS, *STRAYS):
             self._add(kind)
         wait_until(lambda: all(receiver.onlooker.is_ready for receiver in self.receivers))
         self._processes = set(children())
@@ -189,12 +190,16 @@ class Stage:
     def prepare(self) -> Task:
         """Have the next command find what the first one found; return what it is."""
         here = self.sees(self.receivers[0])
-        other = "b" if here == "a" else "a"
+        other = "b" if here.endswith("a") else "a"
         if self.walk == "first":
             if here != "base":
                 self.do("detach", self.argument)
                 self.before = self.shape()
             return Task(self.swap_to("a"), "base", "a")
+        if self.walk == "beside" and not here.startswith("base"):
+            self.do("detach", self.argument)
+            self.before = self.shape()
+            here = self.sees(self.receivers[0])
         if self.walk == "boot":
             self._reboot()
             return Task(("boot",), "base", here)
@@ -222,6 +227,8 @@ class Stage:
         kept = set()
         for records in self._folders:
             current = json.loads(_record(records, "current.json"))["generation"]
+            if current is None:
+                continue  # it was detached
             kept |= {image["sha256"] for image in json.loads(_record(records, f"{current}.json"))["images"]}
         folder = self.scene.disk + b"/state/images"
         for name in os.listdir(folder):
@@ -322,7 +329,7 @@ class Stage:
 
     def _others_left(self) -> Iterator[str]:
         devices = [path for path in loop_devices().values() if os.fsdecode(self.scene.disk) + "/" in path]
-        if len(devices) > len(self.targets) * bool(self.scene.stack):
+        if len(devices) > sum(look(mount_id(AT_FDCWD, target)).point == target for target in self.targets):
             yield f"{len(devices)} loop devices: {devices}"
         if more := set(children()) - self._processes:
             yield f"processes {more}"

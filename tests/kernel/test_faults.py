@@ -23,7 +23,7 @@ needs_images = pytest.mark.skipif(
 SEED = int(os.environ.get("TUCKCTL_FAULTS_SEED", str(random.SystemRandom().randrange(1 << 32))))
 # Of the points at which a command is killed, a tenth; the others are many: each call has several errors.
 FRACTIONS = {How.KILL: 0.1, How.SIGNAL: 0.01, How.FAIL: 0.02}
-OF = {"nested": 0.05}
+OF = {"nested": 0.05, "beside": 0.2}
 PARAMETERS: dict[How, tuple[str, ...]] = {How.KILL: (), How.SIGNAL: ("SIGTERM", "SIGINT"), How.FAIL: ()}
 
 
