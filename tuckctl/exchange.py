@@ -214,32 +214,35 @@ class Exchange:
         self.is_inside = False
         """Whether the target lies in another one: copies of what is replaced may lie beneath the content of that."""
         self._cover: Fd | None = None
+        self._uncovered_around: Sequence[Match] = ()
         self.cover_id = 0
         """The id of a clone of base that covers a first overlay until it is revealed; 0 where none does."""
 
     @contextlib.contextmanager
-    def covered(self) -> Iterator[None]:
+    def covered(self, *, required: bool) -> Iterator[None]:
         """Prepare, for a block, to keep a first overlay unseen until it is revealed, where that can be.
 
         A clone of what is seen now is put on the target then, and new beneath that. It has the flags of what is around
-        it here, and comes to everyone. So it cannot be where someone has stricter ones.
+        it here, and comes to everyone. So it cannot be where someone has stricter ones. Who was left on earlier content
+        in the target's place gets none if new is `required` to be put beneath that.
         """
         can_be = self.old is None and not len(self.carriage) and self.method != "peer"
-        if not can_be or (self.base is not None and not self.parent_shared) or self._has_stricter_followers():
+        if not can_be or (self.base is not None and not self.parent_shared):
             yield
             return
+        around = [m for m in observe([self.parent.device]).matches if m.peer_group or m.master]
+        if self.parent_shared and any(match.attributes & ~self.parent.attributes for match in around):
+            yield
+            return
+        if required:
+            here = {m.parent_id for m in self.left_before() if reason_of(m, self.target.path) != "bind"}
+            self._uncovered_around = [m for m in around if m.mount_id in here and m.mount_id != self.parent.id]
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(KernelError):  # in a user namespace it may not be cloned
                 cover = stack.enter_context(open_tree(self.target.parent, self.target.name, clone=True))
                 mount_setattr(cover, propagation=Propagation.PRIVATE)
                 self._cover, self.cover_id = cover, mount_id(cover)
             yield
-
-    def _has_stricter_followers(self) -> bool:
-        if not self.parent_shared:
-            return False
-        around = observe([self.parent.device]).matches
-        return any((m.peer_group or m.master) and m.attributes & ~self.parent.attributes for m in around)
 
     @property
     def is_unseen(self) -> bool:
@@ -300,7 +303,10 @@ class Exchange:
             self._attach_alone()
 
     def _tuck_under_cover(self, cover: Fd) -> None:
-        move_mount(cover, self.target.parent, self.target.name)
+        for match in self._uncovered_around:
+            self.note(look(match.mount_id, match.namespace_id))
+        with shielded(self._uncovered_around):
+            move_mount(cover, self.target.parent, self.target.name)
         cover.close()  # it would keep its mount busy
         move_mount(self.new, self.target.parent, self.target.name, beneath=True)
 
@@ -484,7 +490,9 @@ class Exchange:
             self._attach_alone()
             self.step("arrived")
             found = convergence.lock(found, self.carriage.shared(parent_shared=self.parent_shared))
-        elif not (len(self.carriage) or self.cover_id):
+        elif self.cover_id:
+            self.step("arrived")
+        elif not len(self.carriage):
             convergence.lock_seen(found.alone)
         if self.old is None:
             self.hidden = tuple(match.namespace_inode for match in found.alone if self._hides(match))
@@ -529,8 +537,13 @@ class Exchange:
 
     def reveal(self, busy: str, deadline: float) -> tuple[int, ...]:
         """Take old off. Returns the ids of the mounts that someone may still use, see tuckctl.removal."""
-        if self.old is None:
+        if self.old is None and not self.cover_id:
             return ()
+        if self.old is None:
+            # Nobody is asked who uses the cover, but those whose mounts go with it.
+            if busy != "lazy":
+                self._wait_until_unused(busy, deadline)
+            return remove(self.target, look(self.cover_id), "lazy", 0.0, below=(), follow=(), ids=self._covered)
         follow = self.found.follow
         return remove(self.target, self.old, busy, deadline, below=self._below, follow=follow, ids=self._covered)
 

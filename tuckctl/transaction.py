@@ -1012,8 +1012,10 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
             _enlist(stack, turn, excepted, way_back=way_back, deadline=deadline, places=places) for turn in turns
         ]
         _nest(enlisted)
-        for root in _roots(turns) if len(_roots(turns)) > 1 else ():
-            stack.enter_context(root.exchange.covered())
+        for root in _roots(turns):
+            required = request.receivers == "require"
+            if len(_roots(turns)) > 1 or (required and root.exchange.left):
+                stack.enter_context(root.exchange.covered(required=required))
         try:
             _begin(course, enlisted)
             revealed = run(

@@ -14,7 +14,19 @@ import pytest
 import tuckctl
 from tests.kernel.ground import attempt
 from tests.kernel.lab import needs_root
-from tests.kernel.scenes import Reader, Scene, Space, bind, in_scene, mount_on, read, take_off, wait_until, write_tree
+from tests.kernel.scenes import (
+    Reader,
+    Scene,
+    Space,
+    bind,
+    in_scene,
+    mount_on,
+    read,
+    settle,
+    take_off,
+    wait_until,
+    write_tree,
+)
 from tests.kernel.test_converge import KINDS, Guard, Inside, Seen, begin, picture
 from tests.kernel.walking import How, Order, walk
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Propagation
@@ -143,6 +155,35 @@ def test_it_is_told_to_be_stale_or_brought_before_anything_is_seen(disk: bytes, 
             scene.swap("b")
         assert {seen.read() for seen in everyone} == {b"b"}
         assert {len(scene.mounts_at(b"", space)) for space in (None, *scene.spaces)} == {1}
+
+    in_scene(disk, work)
+
+
+@pytest.mark.parametrize("is_used", [False, True])
+def test_where_all_are_required_nobody_sees_it_before_the_others(disk: bytes, *, is_used: bool) -> None:
+    """Who has a mount of base is prepared before: where that cannot be, nobody has seen anything."""
+
+    def work(scene: Scene) -> None:
+        begin(scene)
+        (seen,) = _with_submount(scene)
+        scene.detach()
+        tables = scene.tables()
+        holder = scene.hold(b"which", "fd", seen.space) if is_used else None
+        readers = [Reader(scene.target + b"/which", space) for space in (None, seen.space)]
+        if holder is None:
+            scene.swap("b", receivers="require")
+        else:
+            for busy in ("fail", "wait"):
+                error = scene.failure("b", receivers="require", busy=busy, timeout=0.3)
+                assert (error.code, error.exit_code) == ("receivers-would-be-left-behind", 4)
+        found = [set(reader.result()) for reader in readers]
+        if holder is None:
+            assert all(each <= {b"base", b"b"} for each in found)
+            assert scene.everywhere() == [b"b"] * 2
+        else:
+            assert found == [{b"base"}] * 2
+            scene.let_go(holder)
+            settle(lambda: scene.tables() == tables)
 
     in_scene(disk, work)
 
