@@ -63,6 +63,8 @@ if TYPE_CHECKING:
 _AT_ONCE = 32
 """How many receivers one thread brings; each takes a few descriptors."""
 _LONGEST_PAUSE = 0.05
+_PASSING = 0.005
+"""For how many seconds a receiver's mount is tried to be unmounted before it is detached: there may be many."""
 
 
 class _NoPlaceError(Exception):
@@ -1179,6 +1181,9 @@ class Convergence:
         is_off = False
         try:
             is_off = any(self._try_to_take_off(stray, space) for _ in self._turns(patient=patient))
+            if not is_off and self._busy == "lazy":
+                insist(partial(self._detach, stray, space))
+                is_off = True
         finally:
             if not is_off and stray.is_placed and not is_gone(stray.mount.id, stray.match.namespace_id):
                 insist(partial(self._withdraw, stray, space))
@@ -1195,7 +1200,7 @@ class Convergence:
                     raise
             else:
                 return is_gone(stray.mount.id, stray.match.namespace_id)
-        if self._busy == "lazy" or (not stray.is_plain and not find_holders(self._path, stray.ids, ())):
+        elif self._busy == "lazy" or not find_holders(self._path, stray.ids, ()):
             insist(partial(self._detach, stray, space))
             return True
         return False
@@ -1207,10 +1212,11 @@ class Convergence:
             raise KernelError("umount2", show(stray.mount.point), errno.EBUSY)
 
     def _turns(self, *, patient: bool) -> Iterator[None]:
-        """Yield once, or until the deadline with ever longer pauses; it is too late to heed a wish to stop."""
+        """Yield with ever longer pauses: until the deadline, or for who is passing. It is too late to heed a stop."""
+        deadline = self._deadline if patient else time.monotonic() + (_PASSING if self._busy == "lazy" else 0)
         pause = 0.001
         yield
-        while patient and time.monotonic() + pause < self._deadline:
+        while time.monotonic() + pause < deadline:
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
             yield

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from tuckctl.switchboard import Switchboard
     from tuckctl.target import Target
 
+PASSING = 0.05
+"""For how many seconds a plain unmount is tried before who is in there is taken for one who stays."""
 _NAMED = 3
 """How many holders a sentence names."""
 
@@ -83,32 +86,36 @@ def remove(
 
     A plain unmount is the proof that nobody uses any propagated copy: it takes all of them or none. The
     kernel refuses it for a mount with submounts, whoever uses it: there, holders are looked for instead.
+    Under "lazy" it is tried for a moment as well: a lookup that is just passing through a mount when that is
+    detached, and goes on by "..", finds no way out (follow_dotdot, fs/namei.c).
 
     Returns the ids of what was detached, which someone may still use, or have come to use at the last
     moment. Raises UndoneError when old stays in use under "fail", or under "wait" until the deadline on
     the monotonic clock.
     """
-    for _ in stop.pauses(deadline):
+    for _ in stop.pauses(time.monotonic() + PASSING if busy == "lazy" else deadline):
         _refuse_changed(target, old)
         if below:
-            unused = busy == "lazy" or not find_holders(target.path, ids, ())
+            if busy == "lazy" or not find_holders(target.path, ids, ()):
+                break
         else:
             try:
                 umount2(target.place)
             except KernelError as error:
                 if error.errno != errno.EBUSY:
                     raise
-                unused = busy == "lazy"
             else:
                 refuse_left(target, old)
                 return ()
-        if unused:
-            detach(target, old.id, below, follow)
-            refuse_left(target, old)
-            return ids
         if busy == "fail":
-            break
-    raise busy_error(target, ids)
+            raise busy_error(target, ids)
+    else:
+        if busy != "lazy":
+            raise busy_error(target, ids)
+        _refuse_changed(target, old)
+    detach(target, old.id, below, follow)
+    refuse_left(target, old)
+    return ids
 
 
 def remove_together(leaving: Sequence[Leaving], board: Switchboard) -> str | None:
