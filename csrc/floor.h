@@ -79,7 +79,7 @@ struct tuck_match {
     struct tuck_dev device;
 };
 
-/* A mount that point leads to in the namespace `space`, and the detached mount that is to take its place. */
+/* A mount in the namespace `space`, and the detached mount that is to take its place. */
 struct tuck_replacement {
     int32_t space;
     int32_t clone;
@@ -87,8 +87,10 @@ struct tuck_replacement {
     uint64_t clone_id;
     uint64_t mount_id;
     uint64_t parent_id;
+    const char *root;       /* the part of its superblock that it has to show, NULL for any */
     struct tuck_dev device; /* the clone's */
-    const char *point;
+    struct tuck_dev around; /* that of the mount on which it lies */
+    uint32_t words;         /* where in a text that one's root and place, and its own place, are told */
     int32_t placed;
     int32_t error;
 };
@@ -176,14 +178,16 @@ int tuck_namespace_owner(int namespace_fd);
 int tuck_namespace_seek(int namespace_fd, int forwards, const uint64_t *ids, size_t count, uint64_t *ret_id);
 
 /* In each of these namespaces: puts the clone beneath the mount, and unmounts that. It does so only where nothing lies
- * on the mount, it lies on `parent_id`, and that one has no peers and another device than the clone; else, and where it
- * fails, `error` says -errno.
+ * on the mount, it is seen at its place, it lies on `parent_id`, and that one has no peers and another device than the
+ * clone; else, and where it fails, `error` says -errno.
  * `placed` says whether the clone lies there. It leaves the calling thread in one of the namespaces. */
 void tuck_replace(struct tuck_replacement *replacements, size_t count);
 /* The same in every namespace that has one of these ids; they are in ascending order. Each gets a private clone of
  * `source`, which is left open where it lies beneath the mount and did not take its place. Where the namespace is not
- * found, `error` says so. It leaves the calling thread in the namespace `home`, of which source has to be. */
-int tuck_replace_everywhere(int home, int source, struct tuck_replacement *replacements, size_t count);
+ * found, `error` says so. The text tells of each where it was; what is the same as before is told once. It leaves the
+ * calling thread in the namespace `home`, of which source has to be. */
+int tuck_replace_everywhere(int home, int source, struct tuck_replacement *replacements, size_t count, char *ret_text,
+                            size_t size);
 /* Unmounts each of these, one right after the other, up to the first that fails: 0 or its -errno. */
 int tuck_umount_each(const char *const *paths, const int *flags, size_t count, size_t *ret_done);
 

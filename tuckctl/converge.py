@@ -65,6 +65,7 @@ _AT_ONCE = 32
 _LONGEST_PAUSE = 0.05
 _PASSING = 0.005
 """For how many seconds a receiver's mount is tried to be unmounted before it is detached: there may be many."""
+_IDMAP = int(MountAttr.IDMAP)
 
 
 class _NoPlaceError(Exception):
@@ -519,8 +520,8 @@ class Convergence:
         finally:
             while self._lying:
                 _, one = self._lying.popitem()
-                self.remnants.add(one.clone_id)
-                one.close()
+                self.remnants.add(one.told.clone_id)
+                one.told.clone.close()
 
     def _swept(self, wanted: Sequence[Match]) -> list[Match]:
         """Take out what an earlier attempt had to leave beneath receivers; return who is left to be brought."""
@@ -534,21 +535,25 @@ class Convergence:
 
     def _bring_plain(self, wanted: Sequence[Match], new: New) -> list[Match]:
         """Bring those who have nothing of their own but the mount in one call; return the others."""
-        plain = [(match, root) for match in wanted if (root := self._plain_root(match, new)) is not None]
+        plain = []
+        if not (new.is_base or self._board.by_line_alone or new.facts.attributes & _IDMAP):
+            plain = [(match, root) for match in wanted if (root := self._plain_root(match)) is not None]
         done = set()
         for one in bring_plain(plain, self._path, self._board.home, new) if plain else ():
-            if one.clone_id:
-                self.converged[one.clone_id] = one.reason
-                self._beneath[one.clone_id] = one.match.mount_id
-            if one.is_done:
+            self.converged[one.told.clone_id] = one.reason
+            self._beneath[one.told.clone_id] = one.match.mount_id
+            if one.told.is_done:
                 done.add(one.match.mount_id)
-            elif one.clone is not None:
+            else:
                 self._lying[one.match.mount_id] = one
         return [match for match in wanted if match.mount_id not in done]
 
-    def _plain_root(self, match: Match, new: New) -> bytes | None:
-        """Return the root of what a receiver shows, where it has no relations, and no flags but those that all have."""
-        if match.mount_id in self._doubted or self._board.by_line_alone:
+    def _plain_root(self, match: Match) -> bytes | None:
+        """Return the root of what a receiver shows, where it has no relations, and no flags but those that all have.
+
+        There may be thousands: an enum's operators would take longer than all the rest.
+        """
+        if match.mount_id in self._doubted:
             return None
         shown = next((each for each in self._shown if each.device == match.device), None)
         before = self._before.get(match.mount_id, self._asides.original(match))
@@ -557,9 +562,8 @@ class Convergence:
             and not shown.is_base
             and before.raw_propagation == Propagation.PRIVATE
             and not (before.peer_group or before.master)
-            and before.attributes == shown.attributes
-            and not (before.attributes | new.facts.attributes) & MountAttr.IDMAP
-            and not new.is_base
+            and before.raw_attributes == shown.attributes
+            and not before.raw_attributes & _IDMAP
             and not self.excepted(match)
             and match.mount_id not in self._recalled
             and self._asides.reason(match.mount_id) is None
@@ -613,7 +617,7 @@ class Convergence:
                 stray = _Stray(before, shown, reason, mount, mount, Fd(-1), [])
                 if mount.id in self._lying:
                     lying = self._lying.pop(mount.id)
-                    stray.clone, stray.reason, stray.ids = lying.release(), lying.reason, (mount.id,)
+                    stray.clone, stray.reason, stray.ids = Fd(lying.told.clone.release()), lying.reason, (mount.id,)
                     stray.is_placed = True
                 return stray
         return None
@@ -724,7 +728,7 @@ class Convergence:
         simple = [(stray, space) for stray, space in chunk if self._is_simple(stray, new)]
         told = replace_mounts(
             [
-                Replacement(space, stray.clone, mount.id, mount.parent_id, new.facts.device, mount.point)
+                Replacement(space, stray.clone, mount.id, mount.parent_id, new.facts.device)
                 for stray, space in simple
                 for mount in (stray.mount,)
             ]

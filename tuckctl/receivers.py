@@ -19,6 +19,7 @@ from tuckctl.kernel.syscalls import (
     Match,
     Mount,
     Namespace,
+    Where,
     cover_above,
     find_everywhere,
     find_mounts,
@@ -315,18 +316,19 @@ Place = tuple[tuple[int, int], bytes]
 
 def place_of(target: bytes) -> Place:
     """Return the target's own place, in whatever is around it."""
-    return _place_in(look(mount_id(AT_FDCWD, os.path.dirname(target))), target)
+    around = look(mount_id(AT_FDCWD, os.path.dirname(target)))
+    return _place_in(around.device, around.root, around.point, target)
 
 
-def _place_in(around: Mount, path: bytes) -> Place:
-    return around.device, os.path.join(around.root, path[len(around.point.rstrip(b"/")) + 1 :])
+def _place_in(device: tuple[int, int], root: bytes, around: bytes, path: bytes) -> Place:
+    return device, os.path.join(root, path[len(around.rstrip(b"/")) + 1 :])
 
 
-def _is_in_place(mount: Mount, parent: Mount, namespace: int, place: Place) -> bool:
+def _is_in_place(point: bytes, parent: Mount, namespace: int, place: Place) -> bool:
     """Whether a mount lies at the target's own place in a copy of the mount around it, at whatever path that is."""
-    while parent.point == mount.point and parent.parent_id != parent.id:
+    while parent.point == point and parent.parent_id != parent.id:
         parent = look(parent.parent_id, namespace)
-    return _place_in(parent, mount.point) == place
+    return _place_in(parent.device, parent.root, parent.point, point) == place
 
 
 def unlocked(matches: Iterable[Match], target: bytes, *, but: Collection[int] = ()) -> set[int]:
@@ -343,7 +345,7 @@ def unlocked(matches: Iterable[Match], target: bytes, *, but: Collection[int] = 
         try:
             mount = look(match.mount_id, match.namespace_id)
             parent = look(match.parent_id, match.namespace_id)
-            in_place = mount.point == target or _is_in_place(mount, parent, match.namespace_id, place_of(target))
+            in_place = mount.point == target or _is_in_place(mount.point, parent, match.namespace_id, place_of(target))
             if in_place and parent.id not in content and not on_thread(partial(_is_locked, mount, space)):
                 found.add(mount.id)
         except KernelError as error:
@@ -368,19 +370,12 @@ def _is_locked(mount: Mount, space: Fd) -> bool:
     return False
 
 
-def reason_of(
-    match: Match,
-    target: bytes,
-    *,
-    mount: Mount | None = None,
-    parent: Mount | None = None,
-    place: Place | None = None,
-) -> str:
-    """Say why propagation does not carry the tuck to this copy; who knows its mount and the others gives them."""
+def reason_of(match: Match, target: bytes, *, mount: Mount | None = None, place: Place | None = None) -> str:
+    """Say why propagation does not carry the tuck to this copy; its mount and the target's place are given if known."""
     try:
         mount = mount or look(match.mount_id, match.namespace_id)
-        parent = parent or look(match.parent_id, match.namespace_id)
-        if not _is_in_place(mount, parent, match.namespace_id, place or place_of(target)):
+        parent = look(match.parent_id, match.namespace_id)
+        if not _is_in_place(mount.point, parent, match.namespace_id, place or place_of(target)):
             return "bind"
         if not parent.peer_group and not parent.master:
             return "private"
@@ -389,8 +384,24 @@ def reason_of(
         return "unreachable"
     if has_submounts:
         return "own-submount"
-    # Content on content is a bind of the target onto itself.
-    return "bind" if parent.point == mount.point and generation_of(parent.source, target) is not None else "private"
+    return "bind" if parent.point == mount.point and _is_content(parent, target) else "private"
+
+
+def reason_by_place(match: Match, target: bytes, where: Where, place: Place) -> str:
+    """Say the same of a copy on which nothing lay, and that may be gone, by where it was."""
+    if where.around != where.point:
+        return "private" if _place_in(where.device, where.root, where.around, where.point) == place else "bind"
+    try:
+        parent = look(match.parent_id, match.namespace_id)
+        in_place = _is_in_place(where.point, parent, match.namespace_id, place)
+    except KernelError:
+        return "unreachable"
+    return "bind" if not in_place or (parent.master and _is_content(parent, target)) else "private"
+
+
+def _is_content(mount: Mount, target: bytes) -> bool:
+    """Whether a mount shows content of a target: what lies on that is a bind of the target onto itself."""
+    return generation_of(mount.source, target) is not None
 
 
 def describe(

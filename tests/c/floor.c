@@ -503,16 +503,14 @@ static void unmounts_in_turn(void) {
 
 static void replacements(const char *folder) {
     int own = SYS(open("/proc/self/ns/mnt", O_RDONLY | O_CLOEXEC));
-    char point[4096];
     pthread_t thread;
     TRUE(pthread_create(&thread, NULL, pivot, (void *)(uintptr_t)folder) == 0);
     TRUE(pthread_join(thread, NULL) == 0);
 
     SYS(mkdir("replaced", 0755));
     mount_tmpfs("replaced");
-    TRUE(snprintf(point, sizeof point, "%s/replaced", folder) < (int)sizeof point);
     struct tuck_replacement one = {
-        .space = own, .clone = make_tmpfs(), .mount_id = id_of("replaced"), .parent_id = id_of("."), .point = point};
+        .space = own, .clone = make_tmpfs(), .mount_id = id_of("replaced"), .parent_id = id_of(".")};
     uint64_t clone = id_of_tree(one.clone);
 
     one.space = NO_SUCH_FD;
@@ -527,6 +525,12 @@ static void replacements(const char *folder) {
     one.mount_id = id_of(".");
     replace_one(&one, 0, -ESTALE);
     one.mount_id = id_of("replaced");
+    one.root = "/elsewhere";
+    replace_one(&one, 0, -ESTALE);
+    one.root = "/";
+    mount_tmpfs("replaced");
+    replace_one(&one, 0, -ESTALE);
+    OK(tuck_umount2("replaced", 0));
     SYS(mkdir("replaced/above", 0755));
     mount_tmpfs("replaced/above");
     replace_one(&one, 0, -EBUSY);
@@ -554,14 +558,15 @@ static void replacements(const char *folder) {
 struct everywhere {
     int home, source, error;
     struct tuck_replacement *replacements;
-    size_t count;
+    size_t count, size;
     uint64_t ret_end;
+    char text[8192];
 };
 
 static void *replace_everywhere(void *argument) {
     struct everywhere *all = argument;
     OK(tuck_unshare(CLONE_FS));
-    all->error = tuck_replace_everywhere(all->home, all->source, all->replacements, all->count);
+    all->error = tuck_replace_everywhere(all->home, all->source, all->replacements, all->count, all->text, all->size);
     int space = SYS(open("/proc/thread-self/ns/mnt", O_RDONLY | O_CLOEXEC));
     OK(tuck_namespace_id(space, &all->ret_end));
     close(space);
@@ -634,8 +639,6 @@ static void replacements_everywhere(const char *folder) {
     }
     each[2] = (struct tuck_replacement){.namespace_id = home, .mount_id = original, .parent_id = id_of(".")};
     each[3] = (struct tuck_replacement){.namespace_id = UINT64_MAX};
-    for (int i = 0; i < COUNT; i++)
-        each[i].point = point;
     qsort(each, COUNT, sizeof *each, by_namespace);
 
     struct everywhere all = {.home = NO_SUCH_FD, .source = source, .replacements = each, .count = COUNT};
@@ -646,9 +649,13 @@ static void replacements_everywhere(const char *folder) {
     run_everywhere(&all);
     const struct tuck_replacement *here = of_mount(each, original);
     TRUE(here->error == -EBADF && here->clone == -1 && id_of("everywhere") == original);
+    all.source = source;
+    all.size = 4;
+    run_everywhere(&all);
+    TRUE(here->error == -EOVERFLOW && here->clone == -1 && id_of("everywhere") == original);
 
     /* Where it is in use, what came stays beneath it, and is left open. */
-    all.source = source;
+    all.size = sizeof all.text;
     int used = SYS(open("everywhere", O_RDONLY | O_CLOEXEC));
     run_everywhere(&all);
     TRUE(all.ret_end == home);
@@ -658,6 +665,10 @@ static void replacements_everywhere(const char *folder) {
     close(used);
     OK(tuck_umount2("everywhere", 0));
     TRUE(id_of("everywhere") == here->clone_id);
+    TRUE(here->around.major == device_of(".").major && here->around.minor == device_of(".").minor);
+    const char *words = all.text + here->words, *around = words + strlen(words) + 1,
+               *place = around + strlen(around) + 1;
+    TRUE(words[0] == '/' && strncmp(point, around, strlen(around)) == 0 && strcmp(place, point) == 0);
     const struct tuck_replacement *nowhere = of_mount(each, 0);
     TRUE(nowhere->placed == 0 && nowhere->error == -ESRCH && nowhere->clone == -1);
 
@@ -669,6 +680,7 @@ static void replacements_everywhere(const char *folder) {
         TRUE(one->placed == privileged && one->error == (privileged ? 0 : -ESRCH) && one->clone == -1);
         TRUE(after.ret_id == (privileged ? one->clone_id : before[i].ret_id));
         TRUE(after.ret_parent == before[i].ret_parent);
+        TRUE(!privileged || one->words == here->words); /* they are alike */
         close(spaces[i]);
     }
     OK(tuck_umount2("everywhere", 0));

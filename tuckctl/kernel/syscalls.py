@@ -35,7 +35,7 @@ from tuckctl.kernel.flags import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
 _ENOENT = 2
 _EOVERFLOW = 75
@@ -567,7 +567,7 @@ def namespace_owner(namespace: Descriptor) -> Fd:
 
 @frozen
 class Replacement:
-    """A mount that a path leads to in a namespace, the mount around it, and the detached mount for its place."""
+    """A mount in a namespace, the mount around it, and the detached mount that is to take its place."""
 
     space: Descriptor
     clone: Descriptor
@@ -575,29 +575,61 @@ class Replacement:
     parent_id: int
     device: tuple[int, int]
     """Of the clone's superblock."""
-    point: bytes
+
+
+_REPLACEMENT = struct.Struct("@ii4QP4IIii4x")
+
+
+def _packed(wanted: Iterable[tuple[int, int, int, int, int, int, tuple[int, int]]]) -> bytearray:
+    """Write down what is to be replaced: space, clone, namespace, mount, the one around it, root and device of each."""
+    return bytearray().join(
+        _REPLACEMENT.pack(space, clone, namespace, 0, mount, parent, root, *device, 0, 0, 0, 0, 0)
+        for space, clone, namespace, mount, parent, root, device in wanted
+    )
 
 
 def replace_mounts(wanted: Sequence[Replacement]) -> list[tuple[bool, int]]:
     """Put each clone beneath its mount and unmount that; say whether it was placed, and the errno of what failed.
 
-    It is done only where nothing lies on the mount, and the one around it is the same as before, has no peers and
-    shows something else than the clone.
+    It is done only where nothing lies on the mount, it is what is seen at its place, and the one around it is the same
+    as before, has no peers and shows something else than the clone.
     Call it only on a thread that ends after its work: it is left in one of the namespaces.
     """
-    points = [ffi.new("char[]", _text(each.point, "umount2")) for each in wanted]
-    each = ffi.new(
-        "struct tuck_replacement[]",
-        [
-            (_number(one.space), _number(one.clone), 0, 0, one.mount_id, one.parent_id, one.device, point, 0, 0)
-            for one, point in zip(wanted, points, strict=True)
-        ],
+    each = _packed(
+        (_number(one.space), _number(one.clone), 0, one.mount_id, one.parent_id, 0, one.device) for one in wanted
     )
-    lib.tuck_replace(each, len(wanted))
-    return [(bool(one.placed), -one.error) for one in each]
+    lib.tuck_replace(ffi.from_buffer("struct tuck_replacement[]", each, require_writable=True), len(wanted))
+    return [(bool(placed), -error) for *_, placed, error in _REPLACEMENT.iter_unpack(each)]
 
 
-_REPLACEMENT = struct.Struct("@iiQQQQIIPii")
+class Replaced(NamedTuple):
+    """What came of a mount that was to be replaced. There may be thousands."""
+
+    clone_id: int
+    """The id of the clone that came to lie beneath it, or in its place; 0 for none."""
+    clone: Fd
+    """Owns the clone, where it lies beneath the mount and did not take its place; closed otherwise."""
+    is_done: bool
+    where: Where | None
+    """Where it was, if it came so far: one for all that are alike."""
+
+
+@frozen
+class Where:
+    """The place of a mount, with the device, the root and the place of the mount on which it lies."""
+
+    device: tuple[int, int]
+    root: bytes
+    around: bytes
+    point: bytes
+
+
+def _where(device: tuple[int, int], text: Any) -> Where:
+    words = []
+    for _ in range(3):
+        words.append(ffi.string(text))
+        text += len(words[-1]) + 1
+    return Where(device, *words)
 
 
 def replace_everywhere(
@@ -605,27 +637,31 @@ def replace_everywhere(
     source: Descriptor,
     device: tuple[int, int],
     wanted: Sequence[tuple[int, int, int, bytes]],
-) -> list[tuple[int, Fd | None, bool]]:
+) -> list[Replaced]:
     """Replace mounts of other namespaces by private clones of a mount of this one, `home`, if nothing is in the way.
 
-    Each is given by the id of its namespace, its own, that of the mount around it, and its path; they are in
-    ascending order. Returns for each the id of the clone that came to lie there, 0 for none; an owner of it where it
-    lies beneath the mount and did not take its place; and whether it did. It is done where `replace_mounts` does it.
-    Where the kernel does not list the namespaces (Linux 6.12), none is replaced. `device` is the source's.
+    Each is given by the id of its namespace, its own, that of the mount around it, and the root that it has to show;
+    they are in ascending order. It is done where `replace_mounts` does it. Where the kernel does not list the
+    namespaces (Linux 6.12), none is replaced. `device` is the source's.
     Call it only on a thread that ends after its work.
     """
-    points = {point: ffi.new("char[]", _text(point, "umount2")) for *_, point in wanted}
-    addresses = {point: int(ffi.cast("uintptr_t", text)) for point, text in points.items()}
-    each = bytearray(_REPLACEMENT.size * len(wanted))
-    for number, (namespace_id, identity, parent, point) in enumerate(wanted):
-        at = number * _REPLACEMENT.size
-        _REPLACEMENT.pack_into(each, at, -1, -1, namespace_id, 0, identity, parent, *device, addresses[point], 0, 0)
+    roots = {root: ffi.new("char[]", _text(root, "statmount")) for *_, root in wanted}
+    addresses = {root: int(ffi.cast("uintptr_t", text)) for root, text in roots.items()}
+    each = _packed((-1, -1, space, mount, parent, addresses[root], device) for space, mount, parent, root in wanted)
     told = ffi.from_buffer("struct tuck_replacement[]", each, require_writable=True)
-    lib.tuck_replace_everywhere(_number(home), _number(source), told, len(wanted))
-    return [
-        (clone_id if placed else 0, Fd(clone) if clone >= 0 else None, bool(placed) and not failed)
-        for _, clone, _, clone_id, _, _, _, _, _, placed, failed in _REPLACEMENT.iter_unpack(each)
-    ]
+    text = _unset("char[]", _ROOM)
+    lib.tuck_replace_everywhere(_number(home), _number(source), told, len(wanted), text, _ROOM)
+    places: dict[tuple[int, int, int], Where] = {}
+    found = []
+    for _, clone, _, clone_id, _, _, _, _, _, major, minor, words, placed, error in _REPLACEMENT.iter_unpack(each):
+        if not placed:
+            found.append(Replaced(0, Fd(-1), is_done=False, where=None))
+            continue
+        where = places.get((words, major, minor))
+        if where is None:
+            where = places[words, major, minor] = _where((major, minor), text + words)
+        found.append(Replaced(clone_id, Fd(clone), is_done=not error, where=where))
+    return found
 
 
 def umount_each(wanted: Sequence[tuple[bytes, Umount]]) -> tuple[int, int]:
