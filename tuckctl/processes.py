@@ -43,6 +43,7 @@ _RESTART = {
 _SPLIT = re.compile(r"/([^/]+\.service)/libpod-payload-")
 """Podman with --cgroups=split, as in units of podman-systemd.unit(5)."""
 _USER_MANAGER = re.compile(r"user@([0-9]{1,10})\.service")
+_MONITORS = (b"conmon", b"containerd-shim")
 _ENOUGH = 1 << 16
 # From linux/proc_ns.h: the inodes of the first user namespace, and of the first process namespace.
 FIRST_USERS, FIRST_PROCESSES = 0xEFFFFFFD, 0xEFFFFFFC
@@ -69,6 +70,11 @@ NO_ONE = Owner(None, None, None)
 
 
 @functools.lru_cache(maxsize=1024)
+def _owner_of_group(text: bytes) -> Owner:
+    """Return the owner that the file /proc/PID/cgroup tells of; no one where it could not be read."""
+    return owner_in(_text(text)) if text else NO_ONE
+
+
 def owner_in(cgroups: str) -> Owner:
     """Read the owner from the text of /proc/PID/cgroup (cgroups(7)); the unit is the innermost service or scope.
 
@@ -150,11 +156,11 @@ class Owners:
         if not pids:
             return []
         with Fd(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as proc:
-            owners = [owner_in(_text(cgroups)) if cgroups else NO_ONE for cgroups in read_each(proc, pids, "cgroup")]
-            alone = [pid for pid, owner in zip(pids, owners, strict=True) if owner.container is None]
-            stats = dict(zip(alone, read_each(proc, alone, "stat"), strict=True))
-        for number, pid in enumerate(pids):
-            watched = self._watched(pid, stats[pid]) if stats.get(pid) else None
+            owners = [_owner_of_group(group) for group in read_each(proc, pids, "cgroup")]
+            alone = [number for number, owner in enumerate(owners) if owner.container is None]
+            stats = read_each(proc, [pids[number] for number in alone], "stat")
+        for number, stat in zip(alone, stats, strict=True):
+            watched = self._watched(pids[number], stat) if stat else None
             if watched is not None:
                 owners[number] = Owner(owners[number].unit, watched.container, watched.engine, watched.namespace)
         return owners
@@ -168,9 +174,14 @@ class Owners:
         """
         found = []
         with contextlib.suppress(OSError, ValueError, IndexError):
+            # Of a thousand most are alike: children of one that is known, and no monitors.
+            end = stat.rindex(b")")
+            parent = int(stat[end + 4 : stat.index(b" ", end + 4)])
+            if parent in self._above and stat[stat.index(b"(") + 1 : end] not in _MONITORS:
+                return self._above[parent]
             while pid > 1 and pid not in self._above:
                 name, fields = stat_of(_text(stat))
-                found.append((pid, _waits_for(pid) if name in ("conmon", "containerd-shim") else None))
+                found.append((pid, _waits_for(pid) if name.encode() in _MONITORS else None))
                 pid = int(fields[1])
                 if pid > 1 and pid not in self._above:
                     stat = _read(f"/proc/{pid}/stat")
