@@ -272,6 +272,22 @@ def test_options_stand_anywhere_and_names_with_a_dash_after_two(disk: bytes) -> 
     on_ground(disk, work)
 
 
+def test_timings_tell_each_phase_and_the_whole_of_what_changes_something(disk: bytes) -> None:
+    def work(ground: Ground) -> None:
+        swap: list[Word] = ["swap", ground.target]
+        assert tuckctl(*swap, ground.folder("x")).out.count("\n") == 1
+        for command in ([*swap, ground.folder("y")], ["rollback", ground.target], ["detach", ground.target]):
+            done = tuckctl(*command, "--timings")
+            assert done.code == 0
+            head, *rows = [line.split() for line in done.out.splitlines()[1:]]
+            told = {phase: int(us.replace(",", "")) for phase, us in rows}
+            assert head == ["PHASE", "MICROSECONDS"]
+            assert {"look", "verify", "reveal", "check", "record", "total"} <= set(told)
+            assert 0 < max(us for phase, us in told.items() if phase != "total") <= told["total"]
+
+    on_ground(disk, work)
+
+
 def test_target_and_image_can_be_one_operand(disk: bytes) -> None:
     def work(ground: Ground) -> None:
         assert tuckctl("swap", ground.target + b"=" + ground.image("x")).code == 0

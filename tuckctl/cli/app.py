@@ -21,6 +21,7 @@ from tuckctl.cli.options import (
     Recover,
     Target,
     Timeout,
+    Timings,
     TuckMethod,
 )
 from tuckctl.cli.streams import say
@@ -39,6 +40,10 @@ app = typer.Typer(
 def _show_version(value: bool) -> None:  # noqa: FBT001 - typer calls it
     if value:
         raise typer.Exit(0 if say(f"tuckctl {__version__}\n") else 1)
+
+
+def _drawn(*, timings: bool) -> str:
+    return "timed_transaction" if timings else "transaction"
 
 
 @app.callback()
@@ -72,6 +77,7 @@ def swap(
     receivers: Receivers = "converge",
     excepted: Except = None,
     namespace: Namespace = None,
+    timings: Timings = False,
     json: Json = False,
     log_format: LogFormat = "",
     log_level: LogLevel = "",
@@ -94,7 +100,16 @@ def swap(
         "namespace": namespace,
     }
     return Job(
-        "swap", _COMMANDS, (targets,), chosen, json, log_format, log_level, "transaction", heeds=True, progress=True
+        "swap",
+        _COMMANDS,
+        (targets,),
+        chosen,
+        json,
+        log_format,
+        log_level,
+        _drawn(timings=timings),
+        heeds=True,
+        progress=True,
     )
 
 
@@ -148,6 +163,7 @@ def rollback(
     namespace: Namespace = None,
     recover: Recover = False,
     tuck_method: TuckMethod = "auto",
+    timings: Timings = False,
     json: Json = False,
     log_format: LogFormat = "",
     log_level: LogLevel = "",
@@ -171,7 +187,7 @@ def rollback(
         json,
         log_format,
         log_level,
-        "transaction",
+        _drawn(timings=timings),
         heeds=True,
         progress=True,
     )
@@ -187,6 +203,7 @@ def recover(
     receivers: Receivers = "converge",
     excepted: Except = None,
     namespace: Namespace = None,
+    timings: Timings = False,
     json: Json = False,
     log_format: LogFormat = "",
     log_level: LogLevel = "",
@@ -200,7 +217,7 @@ def recover(
         "except_": excepted or (),
         "namespace": namespace,
     }
-    return Job("recover", _COMMANDS, (target,), chosen, json, log_format, log_level, "transaction")
+    return Job("recover", _COMMANDS, (target,), chosen, json, log_format, log_level, _drawn(timings=timings))
 
 
 @app.command()
@@ -214,6 +231,7 @@ def detach(
     excepted: Except = None,
     namespace: Namespace = None,
     recover: Recover = False,
+    timings: Timings = False,
     json: Json = False,
     log_format: LogFormat = "",
     log_level: LogLevel = "",
@@ -228,7 +246,7 @@ def detach(
         "namespace": namespace,
         "recover": recover,
     }
-    return Job("detach", _COMMANDS, (target,), chosen, json, log_format, log_level, "transaction", heeds=True)
+    return Job("detach", _COMMANDS, (target,), chosen, json, log_format, log_level, _drawn(timings=timings), heeds=True)
 
 
 @app.command()

@@ -25,6 +25,7 @@ Except = Annotated[
 Namespace = Annotated[
     str | None, typer.Option(metavar="PID|FILE", help="act in the mount namespace of a process, or of an nsfs file")
 ]
+Timings = Annotated[bool, typer.Option("--timings", help="tell how long each phase took")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on standard output")]
 LogFormat = Annotated[str, typer.Option(metavar="console|json", show_default="console", help="how events are logged")]
 LogLevel = Annotated[

@@ -44,7 +44,7 @@ _DONE = ("swapped", "unchanged", "recovered", "partial")
 
 def transaction(document: TransactionResult, style: Style) -> str:
     """Say what a swap, rollback or detach came to."""
-    command = document.schema.split(".")[-1].split("/")[0]
+    command = _command_of(document)
     text = ""
     for target in document.targets:
         if document.outcome in _DONE:
@@ -58,6 +58,17 @@ def transaction(document: TransactionResult, style: Style) -> str:
             everything = f"tuckctl {command} --json shows all"
             text += "left behind:\n" + _receivers(stale, style, everything)
     return text
+
+
+def _command_of(document: TransactionResult) -> str:
+    return document.schema.split(".")[-1].split("/")[0]
+
+
+def timed_transaction(document: TransactionResult, style: Style) -> str:
+    """Say the same, and how long each phase took, in microseconds."""
+    rows = [(phase, f"{us:>12,}") for phase, us in document.timings_us.items()]
+    everything = f"tuckctl {_command_of(document)} --json shows all"
+    return transaction(document, style) + style.table(("PHASE", "MICROSECONDS"), rows, everything)
 
 
 def _summary(outcome: str, target: TargetResult) -> str:

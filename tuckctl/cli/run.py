@@ -132,7 +132,7 @@ class _Told:
         document = error.result
         if self._job.json:
             streams.say(self._dumps(document if document is not None else _bare(self._job.command, error)))
-        elif self._job.picture in ("transaction", "boot") and document is not None:
+        elif self._job.picture in ("transaction", "timed_transaction", "boot") and document is not None:
             streams.say(self._draw(document, self._style))
         self._warn(document)
         if not self._logs_tell or document is None:
