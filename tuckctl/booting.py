@@ -8,8 +8,9 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from tuckctl import commits
 from tuckctl.course import begin
-from tuckctl.durable import is_absent
+from tuckctl.durable import is_absent, prepare_directory
 from tuckctl.errors import (
     FailedError,
     ImageError,
@@ -20,7 +21,7 @@ from tuckctl.errors import (
     UnsupportedError,
 )
 from tuckctl.errors import InterruptedError as Interruption
-from tuckctl.generations import all_records, target_of
+from tuckctl.generations import all_records, roll_forward, target_of
 from tuckctl.kernel.syscalls import show
 from tuckctl.locks import locked
 from tuckctl.places import Places
@@ -46,6 +47,7 @@ def boot() -> Boot:
     booting = _Booting()
     with answering(b"", booting.document):
         places = Places.from_environment()
+        booting.roll_forward(places)
         failed = [records for records in _in_order(places) if not booting.bring_up(records, places)]
         if failed:
             raise PartialError(
@@ -87,6 +89,28 @@ class _Booting:
 
     def complaints(self) -> str:
         return "; ".join(target.error.message for target in self.targets if target.error is not None)
+
+    def roll_forward(self, places: Places) -> None:
+        """Record what several targets were to be at one instant, where each has not got its own record."""
+        for path in commits.files(places.state):
+            found = {target_of(key) or key.encode(): key for key in commits.targets(path)}
+            if not found:
+                self._warnings.append(
+                    Problem(
+                        "record-damaged",
+                        f"{show(path)}: not a record of this tool; each target's own one counts",
+                        "remove it",
+                    )
+                )
+                continue
+            prepare_directory(os.path.join(places.run, b"locks"))
+            deadline = time.monotonic() + Request().timeout
+            with contextlib.ExitStack() as stack:
+                for target in sorted(found):
+                    lock = os.path.join(places.run, b"locks", os.fsencode(found[target]))
+                    stack.enter_context(locked(lock, deadline, target))
+                with contextlib.suppress(TuckError):  # what is in the way is told of the target
+                    roll_forward(places.state, path)
 
     def bring_up(self, records: Records, places: Places) -> bool:
         """Bring one target up; say whether that went well."""

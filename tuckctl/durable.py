@@ -172,6 +172,11 @@ class Draft:
             self.close()
             raise state_error(self._final, error) from error
 
+    @property
+    def path(self) -> bytes:
+        """The path of the file."""
+        return self._final
+
     def publish(self, *, settle: bool = True) -> None:
         """Put it in place of the file; the name is on the disk when it, or another one beside it, is settled.
 

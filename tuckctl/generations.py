@@ -11,13 +11,18 @@ import json
 import os
 import re
 import stat
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tuckctl.durable import Draft, parse_json, prepare_directory, read_file, state_error
-from tuckctl.errors import RefusedError
+from tuckctl import commits
+from tuckctl.commits import CURRENT
+from tuckctl.durable import Draft, parse_json, prepare_directory, read_file, state_error, write_file
+from tuckctl.errors import RefusedError, TuckError
 from tuckctl.frozen import fields_of, frozen
 from tuckctl.kernel.syscalls import show
 from tuckctl.results import Caller
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 _T = TypeVar("_T")
 
@@ -121,6 +126,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _told(generation: Generation) -> dict[str, Any]:
+    found: dict[str, Any] = {"format": FORMAT} | _plain(fields_of(generation))
+    return found
+
+
 def _undecodable(value: bytes) -> bool:
     try:
         value.decode()
@@ -201,6 +211,42 @@ class Records:
         self.directory = os.path.join(state, b"targets", key_of(target).encode())
 
     def _read(self, name: str) -> dict[str, Any] | None:
+        """Return a record: what was to be recorded with those of other targets counts before what lies here."""
+        told = self._pending().get(name)
+        return told if told is not None else self._lying(name)
+
+    def _pending(self) -> Mapping[str, Any]:
+        if not commits.files(self._state):
+            return {}
+        return commits.pending(self._state, self.key, self._lying(CURRENT))
+
+    @property
+    def key(self) -> str:
+        """The name of the target's folder."""
+        return os.fsdecode(os.path.basename(self.directory))
+
+    @property
+    def _state(self) -> bytes:
+        return os.path.dirname(os.path.dirname(self.directory))
+
+    def settle(self) -> None:
+        """Write here what was to be recorded with those of other targets, and was not; the target's lock is held.
+
+        Raises TuckError.
+        """
+        told = self._pending()
+        for name in sorted(told, key=lambda name: name == CURRENT):
+            write_file(self.directory, name, json.dumps(told[name]).encode())
+
+    def change(self, current: Current, generation: Generation) -> tuple[Any, dict[str, Any]]:
+        """Return what is current now, and the next records by their names, as tuckctl.commits takes them."""
+        return self._lying(CURRENT), {f"{generation.number}.json": _told(generation), CURRENT: fields_of(current)}
+
+    def lying(self) -> dict[str, Any] | None:
+        """Return what is current by the target's own record alone. Raises TuckError."""
+        return self._lying(CURRENT)
+
+    def _lying(self, name: str) -> dict[str, Any] | None:
         path = os.path.join(self.directory, name.encode())
         try:
             found = parse_json(read_file(path))
@@ -226,7 +272,7 @@ class Records:
 
     def current(self) -> Current | None:
         """Return what is live as it was recorded, or None."""
-        found = self._read("current.json")
+        found = self._read(CURRENT)
         if found is None:
             return None
         try:
@@ -239,7 +285,7 @@ class Records:
                 _count(found, "first_id", least=0) if "first_id" in found else 0,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise self._damaged("current.json", error) from error
+            raise self._damaged(CURRENT, error) from error
 
     def get(self, number: int) -> Generation | None:
         """Return one generation, or None."""
@@ -281,6 +327,8 @@ class Records:
             return []
         except OSError as error:
             raise state_error(self.directory, error) from error
+        with contextlib.suppress(RefusedError):  # who reads what is current says that it is damaged
+            names = list({*names, *self._pending()})
         return sorted(int(match[1]) for name in names if (match := _RECORD.fullmatch(name)))
 
     def next_number(self) -> int:
@@ -293,13 +341,14 @@ class Records:
     def draft(self, generation: Generation) -> Draft:
         """Write a generation's record, to be published later."""
         prepare_directory(self.directory)
-        document = {"format": FORMAT} | _plain(fields_of(generation))
-        return Draft(self.directory, f"{generation.number}.json", json.dumps(document, indent=1).encode())
+        self.settle()
+        return Draft(self.directory, f"{generation.number}.json", json.dumps(_told(generation), indent=1).encode())
 
     def draft_current(self, current: Current) -> Draft:
         """Write what is to be live, to be published when it is."""
         prepare_directory(self.directory)
-        return Draft(self.directory, "current.json", json.dumps(fields_of(current)).encode())
+        self.settle()
+        return Draft(self.directory, CURRENT, json.dumps(fields_of(current)).encode())
 
     def write(self, generation: Generation) -> None:
         """Record a generation; after a loss of power it is there as a whole or not at all, until one is published."""
@@ -319,7 +368,8 @@ class Records:
 
     def leftovers(self) -> list[bytes]:
         """Return what a killed writer left; the target's lock is held, and no draft of ours is open."""
-        return [os.path.join(self.directory, name) for name in os.listdir(self.directory) if _LEFTOVER.fullmatch(name)]
+        found = [os.path.join(self.directory, name) for name in os.listdir(self.directory) if _LEFTOVER.fullmatch(name)]
+        return found + commits.leftovers(self._state, self.key)
 
     def remove_leftovers(self) -> None:
         """Drop what a killed writer left; the target's lock is held, and no draft of ours is open."""
@@ -332,6 +382,7 @@ class Records:
 
     def remove(self, number: int) -> None:
         """Drop a generation's record."""
+        self.settle()
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path(number))
 
@@ -347,8 +398,7 @@ def all_records(state: bytes) -> list[Records]:
         raise state_error(folder, error) from error
     found = []
     for key in keys:
-        records = Records(state, b"")
-        records.directory = os.path.join(folder, key)
+        records = _of_key(state, os.fsdecode(key))
         try:
             is_folder = stat.S_ISDIR(os.stat(records.directory).st_mode)
         except OSError:
@@ -356,3 +406,27 @@ def all_records(state: bytes) -> list[Records]:
         if is_folder:
             found.append(records)
     return found
+
+
+def drop_settled(state: bytes) -> None:
+    """Drop what was to be recorded of several targets at one instant where each of them has its own record."""
+    for path in commits.files(state):
+        keys = commits.targets(path)
+        with contextlib.suppress(TuckError):
+            if keys and not any(commits.pending(state, key, _of_key(state, key).lying()) for key in keys):
+                commits.remove(path)
+
+
+def roll_forward(state: bytes, path: bytes) -> None:
+    """Record each target as such a file tells; the locks of all of them are held. Raises TuckError."""
+    for key in commits.targets(path):
+        records = _of_key(state, key)
+        prepare_directory(records.directory)
+        records.settle()
+    commits.remove(path)
+
+
+def _of_key(state: bytes, key: str) -> Records:
+    records = Records(state, b"")
+    records.directory = os.path.join(state, b"targets", os.fsencode(key))
+    return records

@@ -13,12 +13,12 @@ import os
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from tuckctl import pins
+from tuckctl import commits, pins
 from tuckctl.converge import Convergence, brought_to
 from tuckctl.errors import IncompleteError, KernelError, TuckError
 from tuckctl.exchange import Look, Revealed, converge
 from tuckctl.frozen import frozen, replace
-from tuckctl.generations import Current, boot_id
+from tuckctl.generations import Current, boot_id, drop_settled
 from tuckctl.holding import read_replaced
 from tuckctl.journal import Entry, Journal, Mounted
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount
@@ -161,6 +161,8 @@ def tidy(scene: Scene, places: Places) -> None:
 def _tidy(scene: Scene, places: Places) -> None:
     Journal(places.of(scene.target.path)).tidy()
     scene.records.remove_leftovers()
+    scene.records.settle()
+    drop_settled(places.state)
     current = scene.records.current()
     for number in scene.records.numbers():
         generation = scene.records.get(number)
@@ -636,6 +638,7 @@ def _recover_group(
                 each.look_again()
                 each.finish((), wishes)
         found = {}
+        _record_together(recoveries)
         for each in order:
             ids = replaced.get(each.entry.target, ())
             found[each.entry.target] = Recovered(each.entry, each.finish(ids, wishes))
@@ -701,13 +704,32 @@ def _record_undone(scene: Scene, entry: Entry) -> None:
             scene.records.write(replace(generation, outcome="undone"))
 
 
+def _current(entry: Entry) -> Current:
+    return Current(
+        entry.generation, entry.previous, entry.boot_id, entry.namespace, entry.new, min(entry.first_id, entry.new)
+    )
+
+
+def _record_together(recoveries: Sequence[_Recovery]) -> None:
+    """Record what is live on several targets at one instant, before each gets its own record."""
+    changes = {}
+    for each in recoveries:
+        records = each.scene.records
+        generation = records.get(each.entry.generation)
+        if generation is None or records.current() == _current(each.entry):
+            return
+        live = generation if generation.adopted else replace(generation, outcome="swapped")
+        changes[records.key] = records.change(_current(each.entry), live)
+    name = commits.name(min(changes), recoveries[0].entry.transaction)
+    with commits.draft(recoveries[0].places.state, name, changes) as commit:
+        commit.publish()
+
+
 def _record_done(scene: Scene, entry: Entry) -> None:
     generation = scene.records.get(entry.generation)
     if generation is not None and not generation.adopted and generation.outcome != "swapped":
         scene.records.write(replace(generation, outcome="swapped"))
-    current = Current(
-        entry.generation, entry.previous, entry.boot_id, entry.namespace, entry.new, min(entry.first_id, entry.new)
-    )
+    current = _current(entry)
     if scene.records.current() != current:
         with scene.records.draft_current(current) as draft:
             draft.publish()

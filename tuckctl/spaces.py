@@ -208,7 +208,8 @@ def walk(directory: Descriptor, path: bytes) -> Fd:
     except KernelError as error:
         if error.errno != errno.EAGAIN:
             raise
-    here = openat2(directory, b"/" if path.startswith(b"/") else b".", os.O_PATH, _CACHED)
+    # Nothing is looked up for these, but a mount made anywhere at that moment is enough for EAGAIN (LOOKUP_CACHED).
+    here = openat2(directory, b"/" if path.startswith(b"/") else b".", os.O_PATH, Resolve.NO_SYMLINKS)
     for name in filter(None, path.split(b"/")):
         with here:
             here = _step(here, name)

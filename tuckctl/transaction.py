@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from tuckctl import holding, pins, recovery
+from tuckctl import commits, holding, pins, recovery
 from tuckctl.carry import gather
 from tuckctl.content import base_of, mount_content, open_images, reopen
 from tuckctl.converge import Convergence
@@ -909,6 +909,8 @@ class _Enlisted:
     records: Sequence[Draft]
     keepsake: Fd | None
     way_back: Fd | None
+    at_once: Current | None = None
+    """What the record of all targets says is to be current."""
 
 
 def _enlist(
@@ -1012,6 +1014,7 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
             _enlist(stack, turn, excepted, way_back=way_back, deadline=deadline, places=places) for turn in turns
         ]
         _nest(enlisted)
+        commit = stack.enter_context(_commit(enlisted, course, places)) if len(enlisted) > 1 else None
         for root in _roots(turns):
             required = request.receivers == "require"
             if len(_roots(turns)) > 1 or (required and root.exchange.left):
@@ -1036,7 +1039,9 @@ def _exchange(course: Course, turns: Sequence[Turn], *, deadline: float, places:
                 _tell_failure(course, each, error, places)
             raise
         course.enter("record")
-        _publish(course, enlisted)
+        if commit is not None and any(each.current != each.at_once for each in enlisted):
+            commit = stack.enter_context(_commit(enlisted, course, places))  # by a peer other mounts came than was told
+        _publish(course, enlisted, commit)
         for each in enlisted:
             scene, generation = each.turn.scene, each.turn.generation
             if course.command == "swap":
@@ -1158,24 +1163,37 @@ def _told(each: _Enlisted, revealed: Revealed, holders: tuple[Holder, ...]) -> T
     )
 
 
-def _publish(course: Course, enlisted: Sequence[_Enlisted]) -> None:
+def _commit(enlisted: Sequence[_Enlisted], course: Course, places: Places) -> Draft:
+    """Write what is to be recorded of several targets at one instant. Raises TuckError."""
+    changes = {}
+    for each in enlisted:
+        records = each.turn.scene.records
+        changes[records.key] = records.change(each.current, each.turn.generation)
+        each.at_once = each.current
+    return commits.draft(places.state, commits.name(min(changes), course.transaction), changes)
+
+
+def _publish(course: Course, enlisted: Sequence[_Enlisted], commit: Draft | None) -> None:
     """Record what is live now; it is too late to go back, so a failure is told and no more."""
     failure = None
-    for each in enlisted:
+    steps: list[Callable[[], None]] = [commit.publish] if commit is not None else []
+    steps += [partial(_give_names, each) for each in enlisted] + [each.records[-1].settle for each in enlisted]
+    for step in steps:
         try:
-            for record in each.records:
-                record.publish(settle=False)
+            step()
         except TuckError as error:
             failure = failure or error
-    for each in enlisted:
-        try:
-            each.records[-1].settle()
-        except TuckError as error:
-            failure = failure or error
+    if commit is not None and failure is None:
+        commits.remove(commit.path)
     if failure is not None:
         for each in enlisted:
             each.part.journal.end()
         raise _not_recorded(course, failure) from failure
+
+
+def _give_names(each: _Enlisted) -> None:
+    for record in each.records:
+        record.publish(settle=False)
 
 
 def _not_recorded(course: Course, error: TuckError) -> PartialError:

@@ -135,13 +135,19 @@ class _Besides(threading.Thread):
 
 
 def choose(chance: random.Random, place: Workplace, seen: State) -> tuple[str, str, Callable[[], object]]:
-    """Choose what is done next, to which target: what it is called, and how it is done."""
+    """Choose what is done next, to which target, or to all: what it is called, and how it is done."""
     name = chance.choice(NAMES)
     target = place.targets[name]
     image, keep = chance.choice(place.images), chance.choice((0, 1, 2, 5))
 
     def swap() -> object:
         return tuckctl.swap(target, [place.image(image)], keep=keep)
+
+    def swap_all() -> object:
+        return tuckctl.swap({each: [place.image(image)] for each in place.targets.values()}, keep=keep)
+
+    if chance.random() < 0.3:
+        return "", f"swap one and two {image} --keep {keep}", swap_all
 
     if chance.random() < 0.5:
         return name, f"swap {name} {image} --keep {keep}", swap
@@ -175,7 +181,7 @@ def record(place: Workplace, disk: bytes, seed: int, *, left_out: str = "") -> R
         for _ in range(_COMMANDS):
             name, words, act = choose(chance, place, seen)
             act()
-            seen[name] = live(name, place)
+            seen |= {each: live(each, place) for each in NAMES if name in ("", each)}
             marks.append((logged.position(), words, dict(seen)))
     if besides is not None:
         besides.end()
@@ -220,6 +226,7 @@ class Judge:
         place, wrong = self._place, list[str]()
         place.use(self._root + b"/state")
         said = "the same" if before == after else ""
+        sides = set()
         with _told(wrong, "boot"):
             document = tuckctl.boot()
             wrong += [f"boot warns: {warning.message}" for warning in document.warnings]
@@ -230,9 +237,12 @@ class Judge:
                     wrong.append(f"{name} shows {found}, and was {before[name]}, to be {after[name]}")
                 if before[name] != after[name]:
                     said = "before" if found == before[name] else "after"
+                    sides.add(said)
                 history = {each.generation for each in tuckctl.history(target).generations}
                 if found.generation is not None and found.generation not in history:
                     wrong.append(f"{name}: generation {found.generation} is live, and not on record: {history}")
+        if len(sides) > 1:
+            wrong.append("one target is as it was before, the other as it was to be")
         name = random.Random(cut.seed).choice(NAMES)
         with _told(wrong, f"go on with {name}"):
             wrong += self._go_on(name, place.targets[name])

@@ -321,6 +321,9 @@ class Stage:
         for name in map(os.fsdecode, os.listdir(self.scene.disk + b"/state/images")):
             if name not in named:
                 yield f"the kept image {name}, which no record names"
+        with contextlib.suppress(FileNotFoundError):
+            for name in map(os.fsdecode, os.listdir(self.scene.disk + b"/state/commits")):
+                yield f"the file {name!r}, of targets that are recorded together"
         top = self.scene.disk + b"/run"
         for path, _, names in os.walk(top):
             for place in (os.path.relpath(os.path.join(path, name), top) for name in names):

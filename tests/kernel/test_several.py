@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -36,8 +37,9 @@ from tests.kernel.scenes import (
     stack_at,
     write_tree,
 )
-from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Propagation
-from tuckctl.kernel.syscalls import mount_setattr
+from tests.kernel.walking import How, Order, walk
+from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Propagation, Umount
+from tuckctl.kernel.syscalls import mount_setattr, umount2
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -690,3 +692,46 @@ def test_the_scratch_mount_is_no_hindrance_under_a_private_slave(disk: bytes) ->
         assert kinds == [False, True, True]
 
     in_several(disk, work)
+
+
+# After a loss of power.
+
+
+def test_whatever_name_is_on_the_disk_when_the_power_is_lost_all_come_up_on_one_side(disk: bytes) -> None:
+    """Of an ext4, what is written together is lost together, mostly. Here it is cut at each name that is given."""
+
+    def work(several: Several) -> None:
+        several.swap(1)
+        sides, code, number = set(), 1, 0
+        while code:
+            for target in several.targets[1 + number % 2 :]:
+                tuckctl.detach(target)
+            before, number = several.seen(), number + 1
+            wanted = max(before) + 1
+            several.image(wanted)
+            code = walk(lambda wanted=wanted: _do(several, wanted), Order(How.KILL, "rename", number)).exit_code  # type: ignore[misc]
+            told = _lose_power(several)
+            document = tuckctl.boot()
+            assert [each.generation for each in document.targets] == told
+            assert several.seen() in (before, [wanted] * 3), (number, several.seen())
+            for target, generation in zip(several.targets, told, strict=True):
+                assert generation in [None, *(each.generation for each in tuckctl.history(target).generations)]
+            sides.add(several.seen() == before)
+            assert not list(Path(os.environ["TUCKCTL_STATE_DIR"]).glob("commits/*.json"))
+        assert sides == {True, False}
+
+    in_several(disk, work)
+
+
+def _do(several: Several, number: int) -> int:
+    several.swap(number)
+    return 0
+
+
+def _lose_power(several: Several) -> list[int | None]:
+    """Take away what does not outlive a boot; return what is on record then."""
+    shutil.rmtree(os.environb[b"TUCKCTL_RUN_DIR"])
+    for target in several.targets:
+        while stack_at(target):
+            umount2(target, Umount.DETACH)
+    return several.generations()
