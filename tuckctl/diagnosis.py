@@ -30,7 +30,7 @@ from tuckctl.receivers import UNLOCKED, copies_of, doubtful, left_behind, observ
 from tuckctl.reports import answering
 from tuckctl.results import Doctor, Feature, Finding
 from tuckctl.scene import contents_around, effective_capabilities, is_target, refuse_copy
-from tuckctl.target import children, look, open_base, open_target, submounts
+from tuckctl.target import children, look, open_base, open_target, refuse_to_fire, submounts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -152,6 +152,7 @@ class _Visit:
         return self._barred(lambda: self._open(path)) or path
 
     def _open(self, path: bytes) -> bytes:
+        refuse_to_fire(path)
         _refuse_silent(path)
         with open_target(path) as target:
             self._examine(target)

@@ -10,6 +10,7 @@ import stat
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
+from tuckctl.automounts import SERVERS
 from tuckctl.errors import KernelError, RefusedError, UsageError
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Resolve, Umount
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 _OPEN = os.O_RDONLY | os.O_CLOEXEC
 NO_LISTING = (errno.EPERM, errno.ENOTTY)
 """Errors of a kernel that does not list mount namespaces: to this caller, or not yet (Linux 6.12)."""
-_ASK_A_SERVER = ("fuse", "nfs", "cifs", "smb", "9p", "ceph", "afs", "autofs", "gfs", "ocfs", "lustre", "orangefs")
-"""Filesystems on which a lookup may wait for another process or machine, by the beginnings of their names."""
 _CACHED = Resolve.NO_SYMLINKS | Resolve.CACHED
 
 
@@ -227,7 +226,7 @@ def _step(directory: Fd, name: bytes) -> Fd:
 
 def asks_a_server(mount: Mount) -> bool:
     """Whether a lookup in a filesystem may wait for a server."""
-    return mount.fstype.startswith(_ASK_A_SERVER)
+    return mount.fstype.startswith(SERVERS)
 
 
 def unmount(path: bytes, wanted: int, flags: int = 0) -> None:

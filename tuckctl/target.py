@@ -13,6 +13,7 @@ import stat
 from typing import TYPE_CHECKING
 
 from tuckctl.ancestry import find_weakness
+from tuckctl.automounts import find_trigger
 from tuckctl.errors import KernelError, RefusedError
 from tuckctl.frozen import changeable, frozen
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Resolve, StatMount, Umount
@@ -22,6 +23,7 @@ from tuckctl.kernel.syscalls import (
     mount_id,
     open_tree,
     openat2,
+    quoted,
     show,
     statmount,
     statmount_each,
@@ -198,8 +200,7 @@ def _refuse_missing(path: bytes, error: OSError) -> RefusedError:
     return RefusedError("target-unreachable", f"{show(path)}: {os.strerror(error.errno or 0).lower()}")
 
 
-def resolve(path: bytes) -> bytes:
-    """Return the target's real path: symlinks are resolved here, once. Raises RefusedError, for an unsafe one too."""
+def _absolute(path: bytes) -> bytes:
     if not path or b"\0" in path:
         raise RefusedError("target-missing", "the target's name is empty or holds a NUL", "name a directory")
     if not path.startswith(b"/"):
@@ -211,6 +212,13 @@ def resolve(path: bytes) -> bytes:
                 f"{show(path)}: the working directory is gone, a relative path leads nowhere",
                 "give an absolute path",
             ) from error
+    return path
+
+
+def resolve(path: bytes) -> bytes:
+    """Return the target's real path: symlinks are resolved here, once. Raises RefusedError, for an unsafe one too."""
+    path = _absolute(path)
+    refuse_to_fire(path)
     try:
         real = os.path.realpath(path, strict=True)
         mode = os.stat(real, follow_symlinks=False).st_mode
@@ -224,6 +232,21 @@ def resolve(path: bytes) -> bytes:
         raise RefusedError("target-not-a-directory", f"{show(path)} is not a directory", "name a directory")
     _refuse_unsafe(path)
     return real
+
+
+def refuse_to_fire(path: bytes) -> None:
+    """Refuse a path that leads through an automount trigger where nothing is mounted: a look would mount it."""
+    try:
+        trigger = find_trigger(_absolute(path))
+    except (KernelError, OSError):
+        return  # to resolve it will say what is wrong
+    if trigger is not None:
+        raise RefusedError(
+            "path-is-automounted",
+            f"{show(path)} leads through {show(trigger.point)}, an automount trigger on which that is not mounted: to look"
+            " there would mount it",
+            f"mount it first, by a look at it: stat {quoted(path)}",
+        )
 
 
 def _refuse_unsafe(path: bytes) -> None:
