@@ -290,11 +290,14 @@ def holders(target: StrPath) -> Holders:
     return reports.holders(os.fsencode(target))
 
 
-def doctor(path: StrPath | None = None) -> Doctor:
+def doctor(path: StrPath | None = None, *, fix: bool = False) -> Doctor:
     """Return what this kernel can do and, for a path, what stands in the way of a swap there. Changes nothing.
+
+    With `fix`, it changes one thing: an automount trigger at the path that is cut off from its automounter in some
+    mount namespace, where a look ends in ELOOP, is replaced there by one that is not.
 
     Its `exit_code` is 0 when a swap would go through, 3 when not.
     """
     from tuckctl import diagnosis  # noqa: PLC0415 - as above
 
-    return diagnosis.doctor(None if path is None else os.fsencode(path))
+    return diagnosis.doctor(None if path is None else os.fsencode(path), fix=fix)

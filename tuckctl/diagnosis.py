@@ -31,6 +31,8 @@ from tuckctl.reports import answering
 from tuckctl.results import Doctor, Feature, Finding
 from tuckctl.scene import contents_around, effective_capabilities, is_target, refuse_copy
 from tuckctl.target import children, look, open_base, open_target, refuse_to_fire, submounts
+from tuckctl.triggers import find as find_triggers
+from tuckctl.triggers import make_live
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from tuckctl.kernel.syscalls import Match, Mount
     from tuckctl.pinned import Pin
     from tuckctl.target import Target
+    from tuckctl.triggers import Trigger
 
 _T = TypeVar("_T")
 
@@ -60,15 +63,39 @@ _WHY = {
     "origin-unknown": "it is a private bind of the content or of the same directory, and nothing tells which",
     "unreachable": "it cannot be looked at there",
 }
+_ENDS = 'a look there ends in "Too many levels of symbolic links" (ELOOP)'
+_TRIGGERS = {
+    "catatonic": ("hazard", "is catatonic: its automounter has let go of it", "start the automounter again"),
+    "dead": (
+        "hazard",
+        "is dead: its automounter has ended, and who looks there is killed (SIGPIPE)",
+        "start the automounter again",
+    ),
+    "copy-stays": (
+        "note",
+        "is cut off from its automounter: what is mounted on it stays there when that expires elsewhere, in use",
+        "unmount it there when it is to go",
+    ),
+    "cut-off": ("hazard", f"is cut off from its automounter, whose mounts do not come there: {_ENDS}", None),
+    "cut-off-later": (
+        "hazard",
+        f"is cut off from its automounter: when what is mounted there now has expired, {_ENDS}",
+        None,
+    ),
+}
+"""Of each kind of trigger that is not live: how bad it is, what is wrong, and what ends that."""
 
 
-def doctor(path: bytes | None) -> Doctor:
-    """Return what this kernel can do and, for a path, what stands in the way of a swap there."""
+def doctor(path: bytes | None, *, fix: bool = False) -> Doctor:
+    """Return what this kernel can do and, for a path, what stands in the way of a swap there.
+
+    With `fix`, automount triggers at the path that are cut off from their daemon in some namespace are made live there.
+    """
     with answering(path or b"", lambda problem: Doctor({}, path, (), error=problem)):
         findings: list[Finding] = []
         kernel = _kernel(findings)
         if path is not None and all(feature.present for feature in kernel.values() if feature.needed):
-            path = _Visit(findings).examine(path)
+            path = _Visit(findings).examine(path, fix=fix)
         order = ("blocker", "hazard", "note")
         return Doctor(kernel, path, tuple(sorted(findings, key=lambda finding: order.index(finding.severity))))
 
@@ -146,10 +173,12 @@ class _Visit:
             self._add(error.code, "blocker", error.message, error.hint)
             return None
 
-    def examine(self, path: bytes) -> bytes:
+    def examine(self, path: bytes, *, fix: bool) -> bytes:
         """Look at everything around a path; return the path as it is recorded."""
         self._barred(lambda: refuse_capabilities(effective_capabilities()))
-        return self._barred(lambda: self._open(path)) or path
+        real = self._barred(lambda: self._open(path))
+        self._barred(lambda: self._look_at_triggers(real or os.path.abspath(path), fix=fix))
+        return real or path
 
     def _open(self, path: bytes) -> bytes:
         refuse_to_fire(path)
@@ -279,6 +308,54 @@ class _Visit:
         except KernelError as error:
             message = f"{where}: what lies below the content cannot be reached: {error.message}"
             self._add("mount-locked", "blocker", message, hint)
+
+    # Automount triggers, wherever they are.
+
+    def _look_at_triggers(self, path: bytes, *, fix: bool) -> None:
+        for trigger in find_triggers(path):
+            if trigger.state == "live":
+                continue
+            later = trigger.has_mounted(path) if path.startswith(trigger.mount.point + b"/") else bool(trigger.mounted)
+            if trigger.state == "cut-off" and fix and not (trigger.is_direct and later):
+                try:
+                    make_live(trigger)
+                except KernelError as error:
+                    self._tell_of_trigger(trigger, later=later, failure=error.message)
+                else:
+                    self._add_there(
+                        "trigger-made-live",
+                        "note",
+                        f"{self._named(trigger)} is live again: it has a slave of the automounter's own in its place",
+                        trigger.namespace.inode,
+                        "none is needed",
+                    )
+                continue
+            self._tell_of_trigger(trigger, later=later)
+
+    def _named(self, trigger: Trigger) -> str:
+        inode = trigger.namespace.inode
+        return f"the automount trigger {show(trigger.mount.point)} in namespace {inode} ({self._who(inode)})"
+
+    def _tell_of_trigger(self, trigger: Trigger, *, later: bool, failure: str | None = None) -> None:
+        kind = trigger.state
+        if kind == "cut-off" and later:
+            kind = "copy-stays" if trigger.is_direct else "cut-off-later"
+        severity, what, cure = _TRIGGERS[kind]
+        if cure is None:
+            at_once = f"tuckctl doctor --fix {quoted(trigger.mount.point)}"
+            cure = f"{at_once if failure is None else f'--fix could not ({failure})'}; {self._lasting(trigger)}"
+        message = f"{self._named(trigger)} {what}"
+        self._add_there(f"trigger-{kind}", severity, message, trigger.namespace.inode, cure)
+
+    def _lasting(self, trigger: Trigger) -> str:
+        """Say what has the next copy of a namespace's trigger receive what the automounter mounts."""
+        pids = sorted(self.processes.get(trigger.namespace.inode, ()))
+        owner = owner_of(oldest(pids)) if pids else None
+        if owner is not None and owner.container:
+            return "give the container's volume the option rslave for good"
+        if owner is not None and owner.unit:
+            return f"set MountFlags=slave for {owner.unit} for good"
+        return "make the next copy with rslave propagation (mount --make-rslave)"
 
     # Other namespaces.
 

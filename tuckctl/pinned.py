@@ -25,7 +25,7 @@ from tuckctl.scene import Spot
 from tuckctl.target import look
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterable, Iterator
 
     from tuckctl.kernel.syscalls import Mount, Namespace
     from tuckctl.target import Target
@@ -68,6 +68,29 @@ def _read(namespace: int) -> dict[int, Mount]:
     return found
 
 
+class Flow:
+    """What propagates where, over the mount namespaces that could be read (mount_namespaces(7))."""
+
+    def __init__(self, tables: Iterable[Table]) -> None:
+        """See which peer groups receive directly from which."""
+        self._groups: dict[int, set[int]] = {}
+        for table in tables:
+            for mount in table.mounts.values():
+                if mount.master and mount.peer_group:
+                    self._groups.setdefault(mount.master, set()).add(mount.peer_group)
+
+    def reaches(self, mount: Mount, source: Mount) -> bool:
+        """Whether what is mounted on `source`, or taken off it, comes to a mount, or goes there, as well."""
+        if not source.peer_group:
+            return False
+        seen, ahead = {source.peer_group}, [source.peer_group]
+        while ahead:
+            for group in self._groups.get(ahead.pop(), set()) - seen:
+                seen.add(group)
+                ahead.append(group)
+        return bool(mount.peer_group in seen or mount.master in seen)
+
+
 @frozen
 class Pin:
     """A mount of another namespace that an unmount here does not take away.
@@ -91,28 +114,12 @@ class Pins:
         self.target = target
         self._spot = Spot.of(target.around, target.path)
         self._whole = {mount.device: mount for mount in target.stack if mount.root == b"/"}
-        self._groups = self._downstream()
+        self._flow = Flow((self.own, *self.others))
         self._places = {table.namespace.id: self._below(table) for table in (self.own, *self.others)}
-
-    def _downstream(self) -> dict[int, set[int]]:
-        """Return which peer groups receive directly from which."""
-        found: dict[int, set[int]] = {}
-        for table in (self.own, *self.others):
-            for mount in table.mounts.values():
-                if mount.master and mount.peer_group:
-                    found.setdefault(mount.master, set()).add(mount.peer_group)
-        return found
 
     def receives(self, mount: Mount, source: Mount) -> bool:
         """Whether what is mounted on `source`, or taken off it, comes to a mount, or goes there, as well."""
-        if not source.peer_group:
-            return False
-        seen, ahead = {source.peer_group}, [source.peer_group]
-        while ahead:
-            for group in self._groups.get(ahead.pop(), set()) - seen:
-                seen.add(group)
-                ahead.append(group)
-        return bool(mount.peer_group in seen or mount.master in seen)
+        return self._flow.reaches(mount, source)
 
     @staticmethod
     def _seat(table: Table, mount: Mount) -> Spot | None:
@@ -238,12 +245,13 @@ class Pins:
             for mount in table.mounts.values():
                 if mount.fstype == "nsfs" and mount.root == root:
                     return f"umount {quoted(mount.point)}"
-        for pid, number in _open_namespaces(root):
+        for pid, number, _ in openers([os.fsdecode(root)]):
             return f"kill {pid}: it keeps the namespace open by its descriptor {number}"
         return None
 
 
-def _open_namespaces(link: bytes) -> Iterator[tuple[int, str]]:
+def openers(links: Collection[str]) -> Iterator[tuple[int, str, str]]:
+    """Tell of each process that has one of these open, as /proc/PID/fd shows it: its pid, the descriptor, which one."""
     for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
         try:
             numbers = os.listdir(f"/proc/{pid}/fd")
@@ -251,10 +259,11 @@ def _open_namespaces(link: bytes) -> Iterator[tuple[int, str]]:
             continue
         for number in numbers:
             try:
-                if os.readlink(f"/proc/{pid}/fd/{number}") == os.fsdecode(link):
-                    yield pid, number
+                link = os.readlink(f"/proc/{pid}/fd/{number}")
             except OSError:
                 continue
+            if link in links:
+                yield pid, number, link
 
 
 def find(target: Target) -> tuple[Holder, ...]:

@@ -243,8 +243,8 @@ def refuse_to_fire(path: bytes) -> None:
     if trigger is not None:
         raise RefusedError(
             "path-is-automounted",
-            f"{show(path)} leads through {show(trigger.point)}, an automount trigger on which that is not mounted: to look"
-            " there would mount it",
+            f"{show(path)} leads through {show(trigger.point)}, an automount trigger on which that is not mounted:"
+            " to look there would mount it",
             f"mount it first, by a look at it: stat {quoted(path)}",
         )
 

@@ -11,8 +11,8 @@ import traceback
 from typing import TYPE_CHECKING
 
 from tests.kernel.scenes import end, wait_until
-from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.flags import AT_FDCWD, Umount
+from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import move_mount, open_tree, umount2
 from tuckctl.kernel.watch import end_with_parent
 
@@ -112,9 +112,10 @@ class Automounter:
             fcntl.ioctl(root, _FAIL, token)
             return
         place = self._place(name)
-        os.makedirs(place, exist_ok=True)
-        with open_tree(AT_FDCWD, self.source, clone=True) as tree:
-            move_mount(tree, AT_FDCWD, place)
+        if not _is_mounted(place):  # it is asked again and again where that does not come to
+            os.makedirs(place, exist_ok=True)
+            with open_tree(AT_FDCWD, self.source, clone=True) as tree:
+                move_mount(tree, AT_FDCWD, place)
         fcntl.ioctl(root, _READY, token)
 
     def _take_off(self, name: bytes) -> None:

@@ -4,17 +4,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import subprocess
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-
-
 import tuckctl
 from tests.kernel.autofs import Automounter
 from tests.kernel.lab import in_own_namespace, mount_tmpfs, needs_root
-from tests.kernel.scenes import Space, failure, read, wait_until, write_tree
+from tests.kernel.scenes import Space, failure, read, write_tree
 from tuckctl.errors import TuckError
 from tuckctl.kernel.flags import AT_FDCWD, Propagation
 from tuckctl.kernel.syscalls import mount_setattr
@@ -28,7 +27,7 @@ pytestmark = needs_root
 
 
 class Scene:
-    """A target with a direct and an indirect trigger beside it, in namespaces that receive them and in one that does not."""
+    """A target with places for triggers beside it and below it, and daemons for them that tell what they were asked."""
 
     def __init__(self, disk: bytes) -> None:
         self.disk, self.around = disk, disk + b"/around"
@@ -85,7 +84,7 @@ def _in_scene(disk: bytes, work: Callable[[Scene], Any]) -> Any:
 
 def _look(path: bytes) -> int:
     """Look at a path in a process of its own."""
-    return subprocess.run(["stat", path], capture_output=True, check=False, timeout=60).returncode
+    return subprocess.run(["stat", path], capture_output=True, check=False, timeout=20).returncode
 
 
 def _every_command(scene: Scene, target: bytes) -> list[str]:
@@ -121,7 +120,11 @@ def test_no_command_makes_an_automount_happen(disk: bytes) -> None:
             assert set(_every_command(scene, scene.around + path)) == {"path-is-automounted"}
         os.symlink(scene.around + b"/auto/name", scene.around + b"/link")
         assert set(_every_command(scene, scene.around + b"/link/target")) == {"path-is-automounted"}
-        assert set(_every_command(scene, scene.around + b"/direct")) <= {"target-is-autofs", "no-generation", "not-a-target"}
+        assert set(_every_command(scene, scene.around + b"/direct")) <= {
+            "target-is-autofs",
+            "no-generation",
+            "not-a-target",
+        }
         assert scene.asked == []
         assert _look(scene.around + b"/auto/name/file") == 0
         assert _look(scene.around + b"/direct/file") == 0
@@ -167,3 +170,103 @@ def test_no_command_makes_an_automount_happen_below_the_target(disk: bytes) -> N
         assert scene.asked == before != []
 
     _in_scene(disk, work)
+
+
+def _codes(scene: Scene, path: bytes, *, fix: bool = False) -> dict[int, list[str]]:
+    """Return what is found of triggers at a path, by namespace."""
+    found: dict[int, list[str]] = {}
+    for finding in tuckctl.doctor(scene.around + path, fix=fix).findings:
+        if finding.code.startswith("trigger-"):
+            assert finding.remedy
+            found.setdefault(finding.namespace or 0, []).append(finding.code)
+    return found
+
+
+def _error_in(space: Space, path: bytes) -> int | None:
+    """Look at a path in another namespace; return how that failed."""
+
+    def look() -> int | None:
+        done = subprocess.run(
+            ["/usr/bin/env", "-i", "LC_ALL=C", "cat", path], capture_output=True, text=True, check=False, timeout=20
+        )
+        known = {
+            "": None,
+            "Too many levels of symbolic links": errno.ELOOP,
+            "No such file or directory": errno.ENOENT,
+        }
+        return known[done.stderr.rpartition(": ")[2].strip()]
+
+    return space.do(look)
+
+
+def test_doctor_tells_where_a_look_ends_in_eloop_and_makes_it_live(disk: bytes) -> None:
+    """As people meet it: a namespace was made private, and triggers in it do not see what the daemon mounts."""
+
+    def work(scene: Scene) -> None:
+        for path, direct in ((b"/direct", True), (b"/auto", False)):
+            scene.automount(scene.around + path, direct=direct)
+        names = {b"/direct": b"/direct/file", b"/auto": b"/auto/name/file"}
+        peer, slave, private = (scene.space(kind) for kind in ("peer", "slave", "private"))
+        for path in names:
+            assert _codes(scene, path) == {private.inode: ["trigger-cut-off"]}
+        assert scene.asked == []
+        for path, name in names.items():
+            assert _error_in(private, scene.around + name) == errno.ELOOP, path
+            assert _error_in(peer, scene.around + name) is _error_in(slave, scene.around + name) is None
+            asked = scene.asked
+            assert _codes(scene, path, fix=True) == {private.inode: ["trigger-made-live"]}
+            assert _codes(scene, path) == {}
+            assert scene.asked == asked
+            assert _error_in(private, scene.around + name) is None
+        scene.daemons[0].expire()
+        scene.daemons[1].expire(b"name")
+        for name in (b"/direct/file", b"/auto/name/file", b"/auto/other/file"):
+            assert _error_in(private, scene.around + name) is None
+            assert read(scene.around + name) == b"mapped"
+
+    in_own_namespace(_with_scene, disk, work)
+
+
+def test_doctor_tells_where_it_will_end_in_eloop_after_the_next_expiry(disk: bytes) -> None:
+    """A unit that was restarted with a private namespace while it was mounted is well, until that expires."""
+
+    def work(scene: Scene) -> None:
+        for path, direct in ((b"/direct", True), (b"/auto", False)):
+            scene.automount(scene.around + path, direct=direct)
+            assert _look(scene.around + path + (b"/file" if direct else b"/name/file")) == 0
+        private, slave = scene.space("private"), scene.space("slave")
+        assert _codes(scene, b"/auto/name") == {private.inode: ["trigger-cut-off-later"]}
+        assert _codes(scene, b"/auto") == {private.inode: ["trigger-cut-off-later"]}
+        assert _codes(scene, b"/direct") == {private.inode: ["trigger-copy-stays"]}
+        assert _error_in(private, scene.around + b"/auto/name/file") is None
+        scene.daemons[0].expire()
+        scene.daemons[1].expire(b"name")
+        assert _codes(scene, b"/auto/name") == {private.inode: ["trigger-cut-off"]}
+        assert _error_in(private, scene.around + b"/auto/name/file") == errno.ELOOP
+        assert _error_in(private, scene.around + b"/direct/file") is None
+        assert _error_in(slave, scene.around + b"/auto/name/file") is None
+        assert _codes(scene, b"/auto", fix=True) == {private.inode: ["trigger-made-live"]}
+        assert _error_in(private, scene.around + b"/auto/name/file") is None
+
+    in_own_namespace(_with_scene, disk, work)
+
+
+def test_doctor_tells_of_triggers_without_a_daemon(disk: bytes) -> None:
+    def work(scene: Scene) -> None:
+        scene.automount(scene.around + b"/auto", direct=False)
+        space = scene.space("slave")
+        scene.daemons[0].stop()
+        codes = _codes(scene, b"/auto", fix=True)
+        assert codes[space.inode] == ["trigger-dead"]
+        assert len(codes) == 2
+        assert _look(scene.around + b"/auto/name") != 0
+        codes = _codes(scene, b"/auto")
+        assert codes[space.inode] == ["trigger-catatonic"]
+        assert len(codes) == 2
+
+    in_own_namespace(_with_scene, disk, work)
+
+
+def _with_scene(disk: bytes, work: Callable[[Scene], Any]) -> Any:
+    with Scene(disk) as scene:
+        return work(scene)

@@ -141,12 +141,15 @@ def holders(target: Target, *, json: Json = False, log_format: LogFormat = "", l
 def doctor(
     path: Annotated[str | None, typer.Argument(metavar="[PATH]", show_default=False)] = None,
     *,
+    fix: Annotated[
+        bool, typer.Option("--fix", help="make automount triggers live that are cut off in some namespace")
+    ] = False,
     json: Json = False,
     log_format: LogFormat = "",
     log_level: LogLevel = "",
 ) -> Job:
     """Show what this kernel can do, and what stands in the way of a swap at a path."""
-    return Job("doctor", _COMMANDS, (path,), {}, json, log_format, log_level, "doctor")
+    return Job("doctor", _COMMANDS, (path,), {"fix": fix}, json, log_format, log_level, "doctor")
 
 
 @app.command()

@@ -100,6 +100,7 @@ class StatMount(IntFlag):
     MNT_POINT = 0x10
     FS_TYPE = 0x20
     MNT_NS_ID = 0x40
+    MNT_OPTS = 0x80
     SB_SOURCE = 0x200
 
 

@@ -282,6 +282,20 @@ class Mount:
 
 def statmount(mount_id: int, mask: StatMount, namespace_id: int = 0) -> Mount:
     """Tell of one mount, of this namespace or another (Linux 6.8, 6.11 for another)."""
+    return decode_mount(*_statmount(mount_id, mask, namespace_id))
+
+
+def mount_options(mount_id: int, namespace_id: int = 0) -> bytes:
+    """Return the options that a mount's filesystem shows, as in proc_pid_mountinfo(5) (Linux 6.11)."""
+    buffer, size = _statmount(mount_id, StatMount.MNT_OPTS, namespace_id)
+    found = ffi.cast("struct tuck_statmount *", buffer)
+    if not found.mask & StatMount.MNT_OPTS:
+        return b""
+    text: bytes = ffi.string(buffer + _STRINGS + found.mnt_opts, size - _STRINGS - found.mnt_opts)
+    return text
+
+
+def _statmount(mount_id: int, mask: StatMount, namespace_id: int) -> tuple[Any, int]:
     size = 4096
     while True:
         buffer = _unset("char[]", size)
@@ -292,8 +306,7 @@ def statmount(mount_id: int, mask: StatMount, namespace_id: int = 0) -> Mount:
         size *= 4
     if value < 0:
         raise KernelError("statmount", f"mount {mount_id}", -value)
-
-    return decode_mount(buffer, size)
+    return buffer, size
 
 
 def decode_mount(buffer: Any, size: int) -> Mount:
