@@ -22,9 +22,10 @@ from tuckctl.errors import (
 )
 from tuckctl.errors import InterruptedError as Interruption
 from tuckctl.generations import all_records, roll_forward, target_of
-from tuckctl.kernel.syscalls import show
+from tuckctl.kernel.syscalls import quoted, show
 from tuckctl.locks import locked
 from tuckctl.places import Places
+from tuckctl.recovery import settle
 from tuckctl.reports import answering
 from tuckctl.request import Request
 from tuckctl.results import Boot, BootedTarget, Problem
@@ -33,7 +34,7 @@ from tuckctl.transaction import put_in_place, recorded, remake
 
 if TYPE_CHECKING:
     from tuckctl.course import Course
-    from tuckctl.generations import Records
+    from tuckctl.generations import Current, Records
     from tuckctl.scene import Scene
 
 _LIVE_BUT = {"receivers-left-behind": "stale"}
@@ -119,7 +120,7 @@ class _Booting:
         try:
             if not records.target:
                 records.name()  # it says which record is damaged
-            current = records.current()
+            current = _current(records)
             wanted = current.generation if current is not None else None
             state, generation = "unmanaged", None
             if wanted is not None and records.target:
@@ -148,14 +149,28 @@ class _Booting:
         self.targets.append(BootedTarget(name, state, generation, problem, wanted))
 
 
+def _current(records: Records) -> Current | None:
+    """Return what is on record as live; where that is damaged, what was so most likely. Raises TuckError."""
+    try:
+        return records.current()
+    except RefusedError as error:
+        supposed = records.supposed() if error.code == "record-damaged" and records.target else None
+        if supposed is None:
+            raise
+        return supposed
+
+
 def _mount(path: bytes, places: Places) -> tuple[int | None, tuple[Problem, ...]]:
     """Mount a target's current generation, unless one is live; return which is, and warnings."""
     request = Request()
     with begin("boot", path) as course, contextlib.ExitStack() as stack:
         deadline = time.monotonic() + request.timeout
-        scene = stack.enter_context(open_scene(places, path, deadline, adopt=False, nested=True))
+        scene = stack.enter_context(open_scene(places, path, deadline, adopt=False, nested=True, mending=True))
         if scene.live.old is not None:
-            return scene.live.generation, ()
+            if scene.damage is not None:
+                settle(scene)
+                _tell_of_damage(course, scene.damage, scene.live.generation)
+            return scene.live.generation, tuple(course.warnings)
         bottom = stack.enter_context(opened_bottom(scene, places))
         course.enter("images")
         stack.enter_context(locked(places.images_lock, deadline, scene.target.path, shared=True))
@@ -171,6 +186,8 @@ def _mount(path: bytes, places: Places) -> tuple[int | None, tuple[Problem, ...]
                     failures[number] = error
                     continue
                 _tell(course, failures, number)
+                if scene.damage is not None:
+                    _tell_of_damage(course, scene.damage, number)
                 result = put_in_place(
                     own, course, scene, new, generation, request=request, deadline=deadline, places=places
                 )
@@ -178,6 +195,15 @@ def _mount(path: bytes, places: Places) -> tuple[int | None, tuple[Problem, ...]
         if failures:
             raise next(iter(failures.values()))
         return None, ()  # it was detached meanwhile
+
+
+def _tell_of_damage(course: Course, damage: RefusedError, number: int | None) -> None:
+    course.warn(
+        "fell-back",
+        f"{show(course.target)}: what was live is not told any more, the newest generation that was, is {number}:"
+        f" {damage.message}",
+        f"tuckctl history {quoted(course.target)} shows what else there is",
+    )
 
 
 def _candidates(scene: Scene) -> list[int]:

@@ -287,6 +287,15 @@ class Records:
         except (KeyError, TypeError, ValueError) as error:
             raise self._damaged(CURRENT, error) from error
 
+    def supposed(self) -> Current | None:
+        """Return what is live most likely, where the record of that is damaged: the newest generation that ever was."""
+        seen = []
+        for number in reversed(self.numbers()):
+            with contextlib.suppress(RefusedError):
+                if self.was_seen(number):
+                    seen.append(number)
+        return Current(seen[0], next(iter(seen[1:]), None), "", 0, 0) if seen else None
+
     def get(self, number: int) -> Generation | None:
         """Return one generation, or None."""
         found = self._read(f"{number}.json")

@@ -142,8 +142,9 @@ def settle(scene: Scene) -> None:
     old, number, current = scene.live.old, scene.live.generation, scene.current
     if old is None or number is None or scene.records.get(number) is None:
         return
-    if current is None or current.generation != number:
-        previous = current.generation or current.previous if current is not None else None
+    if current is None or current.generation != number or scene.damage is not None:
+        earlier = [current.generation, current.previous] if current is not None else []
+        previous = next((each for each in earlier if each and each != number), None)
         with scene.records.draft_current(Current(number, previous, scene.boot_id, scene.namespace, old.id)) as draft:
             draft.publish()
 

@@ -81,6 +81,8 @@ class Scene:
     namespace: int
     outer: tuple[bytes, ...] = ()
     """The places of the contents of other targets that it lies in, the innermost first."""
+    damage: RefusedError | None = None
+    """Why it is not known what is live, which is what is the likeliest then."""
 
     def is_recorded(self) -> bool:
         """Whether the record tells of this boot and this namespace."""
@@ -110,13 +112,15 @@ def open_scene(
     adopt: bool,
     recovering: bool = False,
     nested: bool = False,
+    mending: bool = False,
     held: Collection[bytes] = (),
 ) -> Iterator[Scene]:
     """Look at the target, refuse what can never be, and lock it: its name, and what lies at its bottom.
 
     An interrupted transaction is refused as well, unless it is there to be put in order; and a directory in another
     target's overlay, unless it was a target before, or is `nested` there because that one came first. What it lies in
-    is locked too, but for those targets whose locks are `held`.
+    is locked too, but for those targets whose locks are `held`. A damaged record of what is live is refused, unless
+    it is to be made anew, in `mending`.
     """
     refuse_capabilities(effective_capabilities())
     with contextlib.ExitStack() as stack:
@@ -139,7 +143,7 @@ def open_scene(
         with alone_on(target.around.point):
             target = target.refreshed()
         records = Records(places.state, target.path)
-        current, boot = records.current(), boot_id()
+        (current, damage), boot = _current(records, mending=mending), boot_id()
         namespace = os.stat("/proc/thread-self/ns/mnt").st_ino
         ours = live_mounts(target, current, boot_id=boot, namespace=namespace)
         if not recovering:
@@ -150,7 +154,18 @@ def open_scene(
             live = replace(live, adopted=recorded is not None and recorded.adopted)
         if not recovering:
             refuse_copy(target, live, namespace)
-        yield Scene(target, live, records, current, boot, namespace, tuple(mount.point for mount in outer))
+        around = tuple(mount.point for mount in outer)
+        yield Scene(target, live, records, current, boot, namespace, around, damage)
+
+
+def _current(records: Records, *, mending: bool) -> tuple[Current | None, RefusedError | None]:
+    try:
+        return records.current(), None
+    except RefusedError as error:
+        supposed = records.supposed() if mending and error.code == "record-damaged" else None
+        if supposed is None:
+            raise
+        return supposed, error
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ from tuckctl.errors import (
 )
 from tuckctl.exchange import CARRIES_TARGETS, Exchange, HalfwayError, Part, converge, no_way, run, take_off
 from tuckctl.frozen import changeable, replace
-from tuckctl.generations import Current, Generation, ImageRecord
+from tuckctl.generations import Current, Generation, ImageRecord, all_records, target_of
 from tuckctl.images import Image, Store
 from tuckctl.journal import Journal, interrupted, whole
 from tuckctl.kernel.fd import reserve
@@ -393,7 +393,7 @@ def recover(
 ) -> TransactionResult:
     """Finish what was interrupted on a target where that is safe, otherwise undo it; or undo it in any case.
 
-    Without a target, on every one that has a journal.
+    Without a target, on every one that has a journal, or two overlays of ours on one another.
     """
     if path is None:
         return _act(_alone(partial(_recover_all, undo=undo)), "recover", [(b"/", request)], namespace)
@@ -421,19 +421,22 @@ def _recover(path: bytes, request: Request, *, undo: bool) -> TransactionResult:
         for scene, _ in members:
             recovery.tidy(scene, places)
     is_alone = len(entry.group) == 1
+    if undo and is_alone and results[0].generation == entry.generation and not entry.old.id:
+        return replace(_detach(path, request), schema="tuckctl.recover/1", outcome="recovered")
     if undo and is_alone and results[0].generation == entry.generation and entry.previous is not None:
         return _rolled_back(path, request, entry.previous)
     return conclude(course, *results, outcome="recovered")
 
 
 def _recover_all(_: bytes, request: Request, *, undo: bool) -> TransactionResult:
-    """Put every target in order that has a journal; one that cannot be does not stop the others."""
+    """Put every target in order that is interrupted; one that cannot be does not stop the others."""
     with begin("recover", b"/"):
         places = Places.from_environment()
     done: list[TransactionResult] = []
     failure: TuckError | None = None
     with begin("recover"):
         paths = interrupted(places.run)
+        paths += [path for path in _half_done(places) if path not in paths]
     for path in paths:
         if any(target.target == path for result in done for target in result.targets):
             continue  # with others of its transaction
@@ -454,6 +457,18 @@ def _recover_all(_: bytes, request: Request, *, undo: bool) -> TransactionResult
         return replace(
             course.result(outcome, ()), targets=tuple(target for result in done for target in result.targets)
         )
+
+
+def _half_done(places: Places) -> Iterator[bytes]:
+    """Give the targets on record on which two overlays of ours lie: their journal may be in another run directory."""
+    for records in all_records(places.state):
+        with contextlib.suppress(TuckError):
+            path = target_of(records.key) or records.name()
+            if path is not None:
+                with open_target(path) as target:
+                    found = [mount for mount in target.stack if generation_of(mount.source, path) is not None]
+                if len(found) > 1:
+                    yield path
 
 
 def _rolled_back(path: bytes, request: Request, generation: int) -> TransactionResult:

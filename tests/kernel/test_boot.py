@@ -166,7 +166,8 @@ def test_a_target_that_fails_does_not_stop_the_others(disk: bytes) -> None:
         options += [("lowerdir+", ground.folder(name)) for name in ("x", "y")]
         with new_mount("overlay", options) as mount:
             move_mount(mount, AT_FDCWD, targets["covered"])
-        Path(os.fsdecode(Records(ground.state, targets["torn"]).directory), "current.json").write_bytes(b"{")
+        for name in ("current.json", "1.json"):
+            Path(os.fsdecode(Records(ground.state, targets["torn"]).directory), name).write_bytes(b"{")
         document = partial()
         found = {
             os.path.basename(each.target).decode(): (each.state, each.generation, each.error and each.error.code)
@@ -186,6 +187,34 @@ def test_a_target_that_fails_does_not_stop_the_others(disk: bytes) -> None:
         take_off(targets["covered"])
         again = partial()
         assert [each.state for each in again.targets].count("live") == 4
+
+    on_ground(disk, work)
+
+
+@pytest.mark.parametrize("is_live", [False, True])
+def test_where_it_is_not_told_what_was_live_the_newest_is_mounted_and_that_is_said(
+    disk: bytes, *, is_live: bool
+) -> None:
+    def work(ground: Ground) -> None:
+        for name in "abc":
+            ground.swap(name)
+        if not is_live:
+            reboot(ground)
+        for name in ("current.json", "3.json")[: 1 + (not is_live)]:
+            Path(os.fsdecode(ground.records), name).write_bytes(b"{")
+        before = ground.which()
+        document = tuckctl.boot()
+        number = 3 if is_live else 2
+        target = only(document)
+        assert (target.state, target.generation, codes(document)) == ("live", number, ["fell-back"])
+        assert f"is {number}: " in document.warnings[0].message
+        assert "current.json" in document.warnings[0].message
+        assert (before, ground.which()) == ((b"c", b"c") if is_live else (b"base", b"b"))
+        current = Records(ground.state, ground.target).current()
+        assert current is not None
+        assert (current.generation, current.previous) == (number, number - 1)
+        assert codes(tuckctl.boot()) == []
+        assert tuckctl.rollback(ground.target).targets[0].generation == number - 1
 
     on_ground(disk, work)
 

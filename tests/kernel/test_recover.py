@@ -26,6 +26,7 @@ from tests.kernel.scenes import (
     take_off,
     wait_until,
 )
+from tests.kernel.walking import How, Order, walk
 from tuckctl.errors import TuckError
 from tuckctl.kernel.flags import AT_FDCWD, MountAttr
 from tuckctl.kernel.syscalls import mount_setattr, umount2
@@ -167,6 +168,46 @@ def test_without_a_target_every_one_is_put_in_order(disk: bytes) -> None:
         result = tuckctl.recover()
         assert (result.outcome, [target.generation for target in result.targets]) == ("recovered", [2])
         assert set(scene.everywhere()) == {b"b"}
+
+    in_scene(disk, work)
+
+
+def test_without_a_target_one_that_has_no_journal_here_is_put_in_order_as_well(
+    disk: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(scene: Scene) -> None:
+        scene.swap("a")
+        scene.space("peer")
+        with scene.unchanged():
+            _killed_in_reveal(scene)
+            monkeypatch.setenv("TUCKCTL_RUN_DIR", os.environ["TUCKCTL_RUN_DIR"] + "-other")
+            result = tuckctl.recover()
+        assert (result.outcome, [told.target for told in result.targets]) == ("recovered", [scene.target])
+        assert scene.everywhere() == [b"a"] * 2
+        assert tuckctl.recover().outcome == "unchanged"
+
+    in_scene(disk, work)
+
+
+def test_a_first_overlay_that_was_killed_after_it_was_seen_is_undone_to_base(disk: bytes) -> None:
+    """Also where something was live before base was."""
+
+    def work(scene: Scene) -> None:
+        scene.space("slave")
+        for _ in range(2):
+            calls = walk(lambda: scene.swap("a").targets[0].unseen, Order()).calls
+            assert scene.detach().outcome == "swapped"
+            tables = scene.tables()
+            last = sum(call.name == "move_mount" for call in calls)
+            seen = Order(How.KILL_AFTER, "move_mount", last)
+            assert walk(lambda: 0 * scene.swap("b").targets[0].unseen, seen).exit_code != 0
+            assert scene.everywhere() == [b"b"] * 2
+            assert tuckctl.recover(scene.target, undo=True).outcome == "recovered"
+            assert scene.everywhere() == [b"base"] * 2
+            assert scene.tables() == tables
+            assert tuckctl.recover(scene.target, undo=True).outcome == "unchanged"
+            scene.swap("a")
+            assert scene.detach().outcome == "swapped"
 
     in_scene(disk, work)
 
