@@ -62,7 +62,7 @@ from tuckctl.receivers import (
     on_top,
     reason_of,
 )
-from tuckctl.removal import Leaving, busy_error, detach, refuse_left, remove, remove_in_turn, remove_together
+from tuckctl.removal import Leaving, busy_error, detach, refuse_left, remove, remove_in_turn, remove_together, uncover
 from tuckctl.spaces import in_spaces, insist, reach, relative, walk
 from tuckctl.target import Content, children, look
 
@@ -705,13 +705,9 @@ class Exchange:
         )
 
     def _uncover(self) -> None:
-        """Take the cover off base, of which it is a clone. Raises RuntimeError where something else lies on it."""
-        ids = self._ids()
-        if self.cover_id in ids:
-            if ids[-1] != self.cover_id:
-                msg = "something else was mounted on it"
-                raise RuntimeError(msg)
-            umount2(self.target.place, Umount.DETACH)
+        """Take the cover off base, of which it is a clone. Raises KernelError where something else lies on it."""
+        if self.cover_id in self._ids():
+            uncover(self.target, self.cover_id)
 
     def _ids(self) -> list[int]:
         """Return the ids of what is mounted on the target now, lowest first."""

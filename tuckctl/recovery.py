@@ -39,7 +39,7 @@ from tuckctl.overlay import generation_of
 from tuckctl.plan import live_mounts
 from tuckctl.prune import drop_images
 from tuckctl.receivers import arrival, content_of, copies_of, left_behind, observe, on_top
-from tuckctl.removal import remove
+from tuckctl.removal import remove, uncover
 from tuckctl.spaces import in_spaces, insist, is_gone, reach, relative, unmount
 from tuckctl.switchboard import BLANK, Switchboard
 from tuckctl.target import Content, children, look, open_target, resolve
@@ -252,7 +252,7 @@ class _Recovery:
                 on_thread(partial(_take_out, board, mine, board.home, 0))
             self.repair(board)
         if self.entry.cover and self.target.top_id() == self.entry.cover:
-            umount2(self.target.place, Umount.DETACH)
+            uncover(self.target, self.entry.cover)
 
     @property
     def _is_over(self) -> bool:

@@ -16,7 +16,7 @@ from tuckctl.errors import KernelError, UndoneError
 from tuckctl.frozen import frozen
 from tuckctl.holding import find as find_holders
 from tuckctl.kernel.flags import Propagation, Umount
-from tuckctl.kernel.syscalls import mount_setattr, open_tree, show, umount2, umount_each
+from tuckctl.kernel.syscalls import attach, mount_setattr, open_tree, show, umount2, umount_each
 from tuckctl.kernel.threads import on_thread
 from tuckctl.loosening import loosened
 from tuckctl.spaces import is_gone, relative, walk
@@ -249,6 +249,25 @@ def detach(target: Target, old_id: int, below: Sequence[Mount], follow: Sequence
     _refuse_loss(target, old_id, below, follow)
     with loosened(target, below, _here_first(follow, old_id)):
         umount2(target.place, Umount.DETACH)
+
+
+def uncover(target: Target, cover: int) -> None:
+    """Take a clone of base off base, on which it lies alone. What was mounted in it meanwhile comes to base.
+
+    Raises KernelError: EBUSY where something covers it, or that cannot be.
+    """
+    if target.top_id() != cover:
+        raise KernelError("umount2", show(target.path), errno.EBUSY)
+    inside = [mount for mount in children(cover) if mount.parent_id == cover]
+    if inside and (not target.around.peer_group or look(cover).parent_id != target.around.id):
+        raise KernelError("umount2", f"{show(inside[0].point)} is mounted in a clone of base", errno.EBUSY)
+    if inside:
+        with open_tree(target.parent, clone=True) as around:  # a peer, on which no cover lies
+            for mount in inside:
+                place = target.name + b"/" + relative(mount.point, target.path)
+                with walk(target.parent, place) as seen, open_tree(seen, clone=True, recursive=True) as clone:
+                    attach(clone, around, place)
+    umount2(target.place, Umount.DETACH)
 
 
 def _refuse_loss(target: Target, old_id: int, below: Sequence[Mount], follow: Sequence[Match]) -> None:

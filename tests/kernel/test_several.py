@@ -288,6 +288,43 @@ def test_a_first_overlay_that_is_not_revealed_leaves_no_cover(disk: bytes) -> No
     in_several(disk, work)
 
 
+def test_what_is_mounted_in_a_bare_target_meanwhile_stays_where_all_is_undone(disk: bytes) -> None:
+    def work(several: Several) -> None:
+        first, second, _ = several.targets
+        tuckctl.swap(second, [several.image(0)])
+        several.scene.space("peer")
+        for is_killed in (False, True):
+            holder = Holder(second + b"/which")
+            child = os.fork()
+            if child == 0:
+                with contextlib.suppress(tuckctl.TuckError):
+                    several.swap(1, busy="wait", timeout=60.0)
+                os._exit(0)
+            _wait_until(lambda: len(stack_at(first)) == 2 and len(_revealing(several)) == len(several.targets))
+            if is_killed:
+                os.kill(child, signal.SIGSTOP)  # it would notice
+            point = first + b"/sub"
+            mount_on(point)
+            write_tree(point, {"mark": b"here"})
+            if is_killed:
+                end(child)
+                assert tuckctl.recover(first, undo=True).outcome == "recovered"
+            else:
+                os.waitpid(child, 0)
+            holder.close()
+            assert not several.journals()
+            for path in (point, several.scene.spaces[0].path(point)):
+                assert read(path + b"/mark") == b"here"
+            assert (several.everywhere(), len(stack_at(first))) == ({0}, 0)
+            umount2(point)
+
+    in_several(disk, work)
+
+
+def _revealing(several: Several) -> list[Path]:
+    return [path for path in several.journals() if '"reveal"' in path.read_text("utf-8")]
+
+
 def _codes(result: TransactionResult) -> set[str]:
     return {warning.code for warning in result.warnings}
 
