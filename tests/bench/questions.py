@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions beside what answers them today: `holders` and lsof(8), `status` and one walk over all mounts in C."""
+"""Questions beside what answers them today: `holders` and lsof(8), `status` and one walk over all mounts in C.
+
+And how much memory a swap takes with many receivers, beside one.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -13,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 import tuckctl
+from tuckctl.images.digests import compute_digest
+from tuckctl.kernel.fd import Fd
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -25,7 +31,10 @@ TOOL = Path(sys.executable).parent / "tuckctl"
 
 
 class Question(NamedTuple):
-    """How long the answer took, and the other one's to the same question, in microseconds: medians and shortest."""
+    """How long the answer took, and the other one's to the same question, in microseconds: medians and shortest.
+
+    Of memory, it is how much, in KiB.
+    """
 
     what: str
     us: float
@@ -112,6 +121,55 @@ def status(program: Path, target: Path, count: int, *, rounds: int) -> Question:
             if receivers != seen or receivers != count:
                 raise SystemExit(f"status tells of {receivers} receivers, the bare program of {seen:.0f}")
     return _question(f"status, {count:,} receivers, against a walk in bare C", ours, theirs, 5, count)
+
+
+def digest(place: Path, mebibytes: int, *, rounds: int) -> Question:
+    """Ask for the digest of a large image, which lies in the page cache."""
+    image, block = place / "large", os.urandom(1 << 20)
+    with image.open("wb") as file:
+        for _ in range(mebibytes):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    ours, theirs = [], []
+    try:
+        with Fd(os.open(image, os.O_RDONLY | os.O_CLOEXEC)) as opened:
+            for _ in range(rounds):
+                took, found = _timed(lambda: compute_digest(opened))
+                ours.append(took)
+                took, told = _timed(lambda: subprocess.run(["sha256sum", image], capture_output=True, check=True))
+                theirs.append(took)
+                if told.stdout.split()[0].decode() != found:
+                    raise SystemExit("sha256sum and tuckctl disagree")
+    finally:
+        image.unlink()
+    return _question(f"digest of {mebibytes:,} MiB, against sha256sum", ours, theirs, 1.05, 1)
+
+
+_SWAP = """
+import resource, sys, tuckctl
+from tuckctl.log import NOTHING, log
+log.threshold = NOTHING
+result = tuckctl.swap(sys.argv[1], [sys.argv[2]])
+print(len(result.targets[0].receivers), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def memory(program: Path, target: Path, images: Sequence[Path], count: int) -> Question:
+    """Swap in a process of its own, and ask how much memory that took at most; the figures are in KiB."""
+
+    def most(image: Path, receivers: int) -> float:
+        done = subprocess.run([sys.executable, "-c", _SWAP, target, image], capture_output=True, check=True, text=True)
+        found, kibibytes = map(int, done.stdout.split())
+        if found != receivers:
+            raise SystemExit(f"{found} receivers, and not {receivers}")
+        return kibibytes
+
+    alone = [most(images[number % 2], 1) for number in range(2)]
+    with Kept(program, "hold", count - 1) as kept:
+        kept.answer()
+        many = [most(images[number % 2], count) for number in range(2)]
+    return _question(f"peak memory in KiB, {count:,} receivers, against one", many, alone, 3, count)
 
 
 def _question(what: str, ours: Sequence[float], theirs: Sequence[float], at_most: float, found: int) -> Question:

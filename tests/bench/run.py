@@ -19,7 +19,8 @@ Whole commands are timed in turns with a Python that does nothing and a typer ap
 questions that questions.py asks are timed beside what answers them today.
 
 Usage: ./dev bench [--quick] [--namespaces 1,10,100,1000] [--private 200,1000] [--undone 400]
-              [--mounts 10,1000,10000] [--many 100,5000] [--processes 2000] [--receivers 1000] [--json FILE]
+              [--mounts 10,1000,10000] [--many 100,5000] [--processes 2000] [--receivers 1000] [--mebibytes 1024]
+              [--memory 5000] [--absent 1000] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import tuckctl
-from tests.bench import questions
+from tests.bench import absence, questions
 from tuckctl.errors import KernelError
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount
 from tuckctl.kernel.fscontext import new_mount
@@ -143,6 +144,7 @@ class Figures(NamedTuple):
     many: list[Series]
     commands: list[Command]
     questions: list[questions.Question]
+    absences: list[absence.Absence]
 
     def bounds(self) -> Iterator[Bound]:
         """Give the ratios that are to be held."""
@@ -418,6 +420,13 @@ def table(figures: Figures) -> Iterator[str]:
         for command in figures.commands:
             times = command.milliseconds / figures.commands[0].milliseconds
             yield f"{command.name:<30}{command.milliseconds:>8.1f}{times:>7.1f}"
+    if figures.absences:
+        yield ""
+        yield f"Content absent, to {absence.READERS} readers: how often, and for how many microseconds at most."
+        yield ""
+        yield f"{'by':<32}{'swaps':>10}{'readings':>14}{'absent':>10}{'longest':>10}"
+        for one in figures.absences:
+            yield f"{one.way:<32}{one.swaps:>10,}{one.looks:>14,}{one.absent:>10,}{one.longest_us:>10,}"
 
 
 def _figure(value: float) -> str:
@@ -448,6 +457,9 @@ class Counts(NamedTuple):
     many: Sequence[int]
     processes: int
     receivers: int
+    mebibytes: int
+    memory: int
+    absent: int
     quick: bool
 
 
@@ -526,12 +538,21 @@ def run(place: Path, counts: Counts) -> Figures:
         many += [measure(ground, count, quick=quick) for count in counts.many]
         commands = command_times(place, targets[0], [place / "tree-a", place / "tree-b"], quick=quick)
         asked = ask(ground, counts)
+        absences = count_absences(ground, around, counts)
         for mounts in counts.mounts[len(small) :]:
             ground.fill(mounts)
             growth.append(measure(ground, counts.growth_namespaces, quick=quick))
     for target in targets:
         umount2(os.fsencode(target), Umount.DETACH)
-    return Figures(series, growth, many, commands, asked)
+    return Figures(series, growth, many, commands, asked, absences)
+
+
+def count_absences(ground: Ground, around: Path, counts: Counts) -> list[absence.Absence]:
+    """Count how often readers miss the content, with other namespaces beside."""
+    if not counts.absent:
+        return []
+    with Peers(ground.program, GROWTH_NAMESPACES if not counts.quick else 2, private=False):
+        return list(absence.measure(ground.place, around, ground.target, ground.images, counts.absent))
 
 
 def ask(ground: Ground, counts: Counts) -> list[questions.Question]:
@@ -543,6 +564,10 @@ def ask(ground: Ground, counts: Counts) -> list[questions.Question]:
     if counts.receivers:
         swap(target, ground.images[0])
         asked.append(questions.status(ground.program, target, counts.receivers, rounds=2 if counts.quick else 15))
+    if counts.mebibytes:
+        asked.append(questions.digest(ground.place, counts.mebibytes, rounds=2 if counts.quick else 7))
+    if counts.memory:
+        asked.append(questions.memory(ground.program, target, ground.images, counts.memory))
     return asked
 
 
@@ -561,6 +586,7 @@ def document_of(figures: Figures) -> dict[str, Any]:
         "bounds": [bound._asdict() | {"ratio": bound.ratio, "least": bound.least} for bound in figures.bounds()],
         "commands": [command._asdict() for command in figures.commands],
         "questions": [question._asdict() for question in figures.questions],
+        "absences": [one._asdict() for one in figures.absences],
     }
 
 
@@ -618,7 +644,11 @@ def main() -> None:
     parser.add_argument("--many", type=numbers, default="100,5000", help="between which numbers to compare the growth")
     parser.add_argument("--processes", type=int, default=2000, help="how many holders looks through, 0 for no such row")
     parser.add_argument("--receivers", type=int, default=1000, help="how many status tells of, 0 for no such row")
+    parser.add_argument("--mebibytes", type=int, default=1024, help="how large an image's digest is, 0 for no such row")
+    parser.add_argument("--memory", type=int, default=5000, help="with how many receivers to ask for the peak memory")
+    parser.add_argument("--absent", type=int, default=1000, help="in how many swaps readers look, 0 for none")
     parser.add_argument("--json", metavar="FILE", help="write the figures there too")
+    parser.add_argument("--plot", metavar="FILE", help="draw the ratios there, as SVG")
     options = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("mounting an image needs root")
@@ -633,6 +663,9 @@ def main() -> None:
         options.many,
         options.processes,
         options.receivers,
+        options.mebibytes,
+        options.memory,
+        options.absent,
         options.quick,
     )
     try:
@@ -641,6 +674,10 @@ def main() -> None:
         shutil.rmtree(place)
     if options.json:
         Path(options.json).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    if options.plot:
+        from tests.bench.plot import draw  # noqa: PLC0415 - nobody else needs what draws
+
+        draw(document, Path(options.plot))
 
 
 if __name__ == "__main__":

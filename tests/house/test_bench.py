@@ -29,19 +29,19 @@ PHASES = [
 SERIES = [(1, "peer"), (10, "peer"), (20, "private"), (10, "undone")]
 FEW = (
     "--namespaces 1,10 --private 20 --undone 10 --mounts 10,60 --growth-namespaces 10 --many 5,20"
-    " --processes 20 --receivers 10"
+    " --processes 20 --receivers 10 --mebibytes 8 --memory 20 --absent 3"
 )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting an image needs root")
 def test_the_benchmark_prints_every_phase_beside_the_bare_calls(tmp_path: Path) -> None:
-    figures = tmp_path / "figures.json"
+    figures, plot = tmp_path / "figures.json", tmp_path / "plot.svg"
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.run", "--quick", *FEW.split(), "--json", figures],
+        [sys.executable, "-m", "tests.bench.run", "--quick", *FEW.split(), "--json", figures, "--plot", plot],
         capture_output=True,
         text=True,
         check=False,
-        timeout=200,
+        timeout=280,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
@@ -62,4 +62,11 @@ def test_the_benchmark_prints_every_phase_beside_the_bare_calls(tmp_path: Path) 
         ("holders", 20),
         ("tuckctl holders", 20),
         ("status", 10),
+        ("digest of 8 MiB", 1),
+        ("peak memory in KiB", 20),
     ]
+    ours, *others = document["absences"]
+    assert (ours["way"], ours["swaps"], ours["absent"]) == ("tuckctl.swap", 3, 0)
+    assert ours["looks"] > 0
+    assert others[-1]["way"] == "umount --lazy, mount"
+    assert all(bound["what"] in plot.read_text("utf-8") for bound in document["bounds"])
