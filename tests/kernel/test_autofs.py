@@ -84,7 +84,7 @@ def _in_scene(disk: bytes, work: Callable[[Scene], Any]) -> Any:
 
 def _look(path: bytes) -> int:
     """Look at a path in a process of its own."""
-    return subprocess.run(["stat", path], capture_output=True, check=False, timeout=20).returncode
+    return subprocess.run(["stat", path], capture_output=True, check=False, timeout=60).returncode
 
 
 def _every_command(scene: Scene, target: bytes) -> list[str]:
@@ -187,7 +187,7 @@ def _error_in(space: Space, path: bytes) -> int | None:
 
     def look() -> int | None:
         done = subprocess.run(
-            ["/usr/bin/env", "-i", "LC_ALL=C", "cat", path], capture_output=True, text=True, check=False, timeout=20
+            ["/usr/bin/env", "-i", "LC_ALL=C", "cat", path], capture_output=True, text=True, check=False, timeout=60
         )
         known = {
             "": None,
