@@ -186,9 +186,8 @@ class Convergence:
         self._before: dict[int, Match] = {}
         """Receivers as they were before the reveal, by their ids: a slave is private once its masters are gone."""
         self._shown = [_Shown(old.device, old.root, old.attributes)] if old is not None else []
-        self._shown += [
-            _Shown(content.device, content.root, content.attributes, is_base=bool(content.mounts)) for content in left
-        ]
+        for content in left:
+            self.leave(content)
         self._stack = contextlib.ExitStack()
         self._board = self._stack.enter_context(Switchboard())
         self._board.lend(around)
@@ -224,6 +223,12 @@ class Convergence:
     ) -> None:
         """Close it."""
         self._stack.close()
+
+    def leave(self, content: Content) -> None:
+        """Take earlier content that some receiver was left on."""
+        self._shown.append(
+            _Shown(content.device, content.root, content.attributes, is_base=bool(content.mounts)),
+        )
 
     def doubt(self, matches: Iterable[Match]) -> None:
         """Take who may have come from the target or from elsewhere: it is told, and left."""

@@ -64,7 +64,7 @@ from tuckctl.receivers import (
 )
 from tuckctl.removal import Leaving, busy_error, detach, refuse_left, remove, remove_in_turn, remove_together, uncover
 from tuckctl.spaces import in_spaces, insist, reach, relative, walk
-from tuckctl.target import Content, children, look
+from tuckctl.target import Content, Known, children, look
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -704,6 +704,21 @@ class Exchange:
             f"tuckctl status {quoted(self.target.path)}",
         )
 
+    def find_covered(self, convergence: Convergence) -> None:
+        """Have those brought to new who mounted something on the cover, in their namespace alone: there it stays."""
+        new = {match.mount_id for match in self.found.alone}
+        around = self.parent
+        known = []
+        for match in observe([around.device], self.cover_id - 1).matches:
+            if match.parent_id in new:
+                with contextlib.suppress(KernelError):
+                    mount = look(match.mount_id, match.namespace_id)
+                    known.append(Known(mount.id, mount.root, mount.point))
+        if known:
+            content = Content(around.device, known[0].root, around.source, around.attributes, tuple(known))
+            self.left = (*self.left, content)
+            convergence.leave(content)
+
     def _uncover(self) -> None:
         """Take the cover off base, of which it is a clone. Raises KernelError where something else lies on it."""
         if self.cover_id in self._ids():
@@ -895,10 +910,11 @@ def _let_go(parts: Sequence[Part]) -> Iterator[None]:
 
 
 def _lock(parts: Sequence[Part]) -> None:
-    """Keep what was covered until now from the root of other user namespaces."""
+    """Keep what was covered until now from the root of other user namespaces; find where it still is."""
     for part in parts:
         if part.exchange.cover_id:
             part.convergence.lock_seen(part.exchange.found.alone)
+            part.exchange.find_covered(part.convergence)
 
 
 def _share(parts: Sequence[Part]) -> None:

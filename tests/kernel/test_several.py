@@ -321,6 +321,32 @@ def test_what_is_mounted_in_a_bare_target_meanwhile_stays_where_all_is_undone(di
     in_several(disk, work)
 
 
+def test_who_mounts_something_in_a_bare_target_meanwhile_is_brought_with_that(disk: bytes) -> None:
+    def work(several: Several) -> None:
+        first, second, _ = several.targets
+        tuckctl.swap(second, [several.image(0)])
+        several.scene.space("peer")
+        space = several.scene.space("slave")
+        holder = Holder(second + b"/which")
+        child = os.fork()
+        if child == 0:
+            code = 1
+            with contextlib.suppress(tuckctl.TuckError):
+                code = several.swap(1, busy="wait", timeout=60.0).outcome != "swapped"
+            os._exit(code)
+        _wait_until(lambda: len(stack_at(first)) == 2 and len(_revealing(several)) == len(several.targets))
+        point = first + b"/sub"
+        space.do(lambda: mount_on(point))
+        write_tree(space.path(point), {"mark": b"here"})
+        holder.close()
+        assert os.waitpid(child, 0)[1] == 0
+        assert several.everywhere() == {1}
+        assert read(space.path(point) + b"/mark") == b"here"
+        assert len(stack_at(first)) == 1
+
+    in_several(disk, work)
+
+
 def _revealing(several: Several) -> list[Path]:
     return [path for path in several.journals() if '"reveal"' in path.read_text("utf-8")]
 
