@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tuckctl.durable import sync_directory
 from tuckctl.errors import RefusedError, TuckError
-from tuckctl.generations import all_records
+from tuckctl.generations import all_records, drop_settled
 from tuckctl.holding import read_replaced
 from tuckctl.images.digests import DigestCache
 from tuckctl.locks import alone
@@ -36,6 +36,7 @@ def drop_generations(records: Records, places: Places, keep: int, live: int | No
             # No image goes before the record that names it.
             sync_directory(records.directory)
         records.remove_leftovers()
+        drop_settled(places.state)
 
 
 def surplus(records: Records, places: Places, keep: int, used: set[int | None]) -> tuple[list[int], list[RefusedError]]:

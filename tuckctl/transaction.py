@@ -1200,6 +1200,10 @@ def _publish(course: Course, enlisted: Sequence[_Enlisted], commit: Draft | None
             failure = failure or error
     if commit is not None and failure is None:
         commits.remove(commit.path)
+    elif commit is not None:
+        for each in enlisted:
+            with contextlib.suppress(TuckError):
+                each.turn.scene.records.settle()
     if failure is not None:
         for each in enlisted:
             each.part.journal.end()
