@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from tuckctl.bystanders import cover
 from tuckctl.errors import KernelError, UndoneError
 from tuckctl.frozen import changeable
+from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import Clone, Propagation
 from tuckctl.kernel.syscalls import (
     attach,
@@ -37,11 +38,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from tuckctl.journal import Journal
-    from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.flags import MountAttr
     from tuckctl.kernel.syscalls import Match, Mount
     from tuckctl.relations import New
-    from tuckctl.switchboard import Switchboard
+    from tuckctl.switchboard import Bottom, Switchboard
 
 Common = frozenset[tuple[bytes, tuple[int, int], bytes]]
 """Submounts that every receiver has of old: where, of what superblock, which part of it."""
@@ -290,15 +290,8 @@ class Asides:
         setns(space, Clone.NEWNS)
         mount = look(aside.mount_id)
         if mount.parent_id == aside.lowest:
-            try:
-                self._board.take_out(aside.lowest, space)
-            except KernelError as error:
-                if error.errno != errno.ESTALE or aside.owner not in (0, self._users):
-                    raise
-                # Where base is itself a mount, it is covered. A mount with others on it stays where it is all the same.
-                if aside.reason != OWN_SUBMOUNT:
-                    self._board.take_out_covered(aside.lowest, space)
-                setns(space, Clone.NEWNS)
+            self._board.take_out(aside.lowest, space)
+            setns(space, Clone.NEWNS)
         if isolate and aside.match is not None and aside.reason != LOCKED and (mount.peer_group or mount.master):
             # What is unmounted on old in its own group would go from here as well.
             with reach(mount.point, mount.id) as seen:
@@ -331,7 +324,9 @@ class Asides:
                 if not self._board.by_line_alone:
                     with contextlib.ExitStack() as stack:
                         seen = stack.enter_context(reach(mount.point, mount.id))
-                        if below.peer_group:
+                        if below.peer_group and below.point == mount.point:
+                            stack.enter_context(self._board.apart(space, below))
+                        elif below.peer_group:
                             stack.enter_context(alone(stack.enter_context(reach(below.point, below.id)), below))
                         move_mount(clone, seen, beneath=True)
                     return
@@ -344,22 +339,32 @@ class Asides:
 
 
 @contextlib.contextmanager
-def shielded(around: Sequence[Match]) -> Iterator[None]:
+def shielded(around: Sequence[Match], board: Switchboard) -> Iterator[None]:
     """Keep what is unmounted from being unmounted on these mounts, for a block; each leaves its peer group.
 
     Raises UndoneError where one cannot.
     """
     with contextlib.ExitStack() as stack:
         members: dict[int, Fd] = {}
+        bottoms: dict[int, Bottom] = {}
 
         def leave(match: Match, space: Fd) -> None:
             setns(space, Clone.NEWNS)
             mount = look(match.mount_id)
+            if any((each.parent_id, each.point) == (mount.id, mount.point) for each in children(mount.id)):
+                bottom = stack.enter_context(board.bottom(stack.enter_context(Fd(os.dup(space.fileno()))), mount))
+                bottoms[mount.id] = bottom
+                bottom.leave(follows=False).close()
+                return
             with reach(mount.point, mount.id) as root:
                 members[mount.id] = stack.enter_context(open_tree(root, clone=True))
+                board.note(mount)
                 mount_setattr(root, propagation=Propagation.PRIVATE)
 
         def join(match: Match, space: Fd) -> None:
+            if match.mount_id in bottoms:
+                bottoms[match.mount_id].join()
+                return
             setns(space, Clone.NEWNS)
             mount = look(match.mount_id)
             with reach(mount.point, mount.id) as root:
@@ -380,7 +385,7 @@ def shielded(around: Sequence[Match]) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(KernelError, OSError):
-                for match, space in in_spaces([match for match in around if match.mount_id in members]):
+                for match, space in in_spaces([m for m in around if m.mount_id in members or m.mount_id in bottoms]):
                     with contextlib.suppress(KernelError):
                         on_thread(partial(join, match, space))
 

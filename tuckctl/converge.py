@@ -142,6 +142,11 @@ class _Stray:
         return relative(self.mount.point, self.parent.point)
 
     @property
+    def is_on_base(self) -> bool:
+        """Whether it lies on the root of another mount, which it covers."""
+        return self.mount.point == self.parent.point
+
+    @property
     def is_plain(self) -> bool:
         """Whether one unmount takes it off, and proves that nobody uses it."""
         return not (self.names or self.is_covered)
@@ -274,12 +279,21 @@ class Convergence:
     def _look_at_new(self) -> New:
         """Look at new as it is now; its propagation changes on the way."""
         if self._base is not None:
-            self._known = New(self._base, self._fd, self._base.id, is_base=True)
+            self._known = self._known or self._look_at_base(self._base)
         else:
             identity, first = self._ids or (mount_id(self._fd),) * 2
             whole = self._known.whole if self._known else self._stack.enter_context(open_tree(self._fd, clone=True))
             self._known = New(look(identity), whole, first)
         return self._known
+
+    def _look_at_base(self, base: Mount) -> New:
+        if base.point != self._path:
+            return New(base, self._fd, base.id, is_base=True)
+        # The descriptor on it is on a copy that was made in another namespace.
+        whole = on_thread(partial(self._board.clone_covered, self._board.home, base))
+        self._stack.enter_context(whole)
+        mount_setattr(whole, propagation=Propagation.PRIVATE)
+        return New(base, whole, base.id, is_base=True, enter=self._board.enter)
 
     def identify(self, new: int, first: int, *, by_peer: bool) -> None:
         """Take the id of the mount that shows new here, one that no other that does is below, and how it came."""
@@ -793,7 +807,8 @@ class Convergence:
                     )
                 except KernelError as error:
                     raise _no_place(error) from error
-            stray.clone = open_tree_attr(source, set_=set_, clear=clear, propagation=propagation)
+            with new.cloned_in(self._board.home):
+                stray.clone = open_tree_attr(source, set_=set_, clear=clear, propagation=propagation)
 
     def _is_beneath_its_own(self, stray: _Stray, space: Fd) -> bool:
         """Whether an interrupted attempt left a covered receiver's mount beneath what had come in its place."""
@@ -995,7 +1010,7 @@ class Convergence:
                     line.put(clone)
                 return
             seen = stack.enter_context(reach(top.point, top.id))
-            self._isolate(stray, stack)
+            self._isolate(stray, space, stack)
             move_mount(clone, seen, beneath=True)
             if layer.peer_group:
                 mount_setattr(clone, propagation=Propagation.SHARED)
@@ -1044,7 +1059,7 @@ class Convergence:
                 self._note([stray], mount_id(tree))
                 setns(space, Clone.NEWNS)
             seen = stack.enter_context(self._reach(stray))
-            self._isolate(stray, stack)
+            self._isolate(stray, space, stack)
             identity = mount_id(tree)  # what is there is known, whatever fails after it
             move_mount(tree, seen, beneath=True)
             stray.is_placed = True
@@ -1065,8 +1080,7 @@ class Convergence:
                 self._note([stray], mount_id(tree))
                 setns(space, Clone.NEWNS)
             if self._is_placing:
-                # Where it cannot be reached there would be no way back: a bind of the target onto itself covers it.
-                reach(stray.parent.point, stray.parent.id).close()
+                self._see_way_back(stray, space)
             with self._board.line(space, stray.parent, stray.place, occupied=False) as line:
                 if submounts:
                     mount_setattr(tree, propagation=Propagation.SHARED, recursive=True)
@@ -1121,12 +1135,7 @@ class Convergence:
                 at = look(at.parent_id)
             if not remains:
                 return
-            try:
-                stray.parent = self._board.take_out(remains[-1].id, space)
-            except KernelError as error:
-                if error.errno != errno.ESTALE or self._is_placing:
-                    raise
-                self._board.take_out_covered(remains[-1].id, space)
+            stray.parent = self._board.take_out(remains[-1].id, space)
 
     def _tell_placed(self, identity: int, stray: _Stray) -> None:
         self.converged[identity] = stray.reason
@@ -1141,15 +1150,29 @@ class Convergence:
         ours = mount.source == BLANK or any(mount.device == shown.device for shown in self._shown if not shown.is_base)
         return ours and self._asides.is_foreign(stray.match)
 
-    def _isolate(self, stray: _Stray, stack: contextlib.ExitStack) -> None:
+    def _isolate(self, stray: _Stray, space: Fd, stack: contextlib.ExitStack) -> None:
         """Keep what is done on the mount around the receiver's from its peers, as long as the stack is open."""
-        if not stray.parent.peer_group and not self._is_placing:
+        if self._is_placing:
+            self._see_way_back(stray, space)
+        if not stray.parent.peer_group:
             return
-        # Where it cannot be reached there would be no way back: a bind of the target onto itself covers it.
+        if stray.is_on_base:
+            stack.enter_context(self._board.apart(space, stray.parent))
+            return
         root = stack.enter_context(reach(stray.parent.point, stray.parent.id))
-        if stray.parent.peer_group:
-            self._board.note(stray.parent)
-            stack.enter_context(alone(root, stray.parent))
+        self._board.note(stray.parent)
+        stack.enter_context(alone(root, stray.parent))
+
+    def _see_way_back(self, stray: _Stray, space: Fd) -> None:
+        """See that what is put beneath a receiver can be taken out again: a bind of the target onto itself covers it.
+
+        Raises KernelError.
+        """
+        if stray.is_on_base:
+            self._board.bottom(space, stray.parent).member.close()
+            setns(space, Clone.NEWNS)
+        else:
+            reach(stray.parent.point, stray.parent.id).close()
 
     def _put_locked(self, stray: _Stray, space: Fd, submounts: Sequence[tuple[bytes, Fd]], *, patient: bool) -> None:
         """Put the clone beneath a mount that is locked: only by propagation can that be done."""
@@ -1294,6 +1317,8 @@ class Convergence:
             return
         clone = look(stray.mount.id).parent_id if stray.is_locked or stray.came else mount_id(stray.clone)
         self.converged.pop(clone, None)
+        with contextlib.suppress(KernelError):  # base may be another mount by now
+            stray.parent = look(look(clone).parent_id)
         if stray.names and not stray.came:
             # Not all at once: the receiver's own mount lies on the clone.
             mount_setattr(stray.clone, propagation=Propagation.PRIVATE)

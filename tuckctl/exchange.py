@@ -286,13 +286,13 @@ class Exchange:
         Then it does not go to the excepted. Raises UnsupportedError where it cannot be done in that way.
         """
         self._board = board
-        with alone_on(self.parent.point), shielded(around_of(self.target, excepted) if self.old is None else ()):
+        with alone_on(self.parent.point), shielded(around_of(self.target, excepted) if self.old is None else (), board):
             try:
                 if self.others is not None:
                     self._place_apart(self.others)
                     return
                 if self._cover is not None:
-                    self._tuck_under_cover(self._cover)
+                    self._tuck_under_cover(self._cover, board)
                 elif self.old is None:
                     move_mount(self.new, self.target.parent, self.target.name)
                 elif self.method == "peer" or not self._is_tucked_by_flag():
@@ -302,10 +302,8 @@ class Exchange:
         if self.old is None:
             self._attach_alone()
 
-    def _tuck_under_cover(self, cover: Fd) -> None:
-        for match in self._uncovered_around:
-            self.note(look(match.mount_id, match.namespace_id))
-        with shielded(self._uncovered_around):
+    def _tuck_under_cover(self, cover: Fd, board: Switchboard) -> None:
+        with shielded(self._uncovered_around, board):
             move_mount(cover, self.target.parent, self.target.name)
         cover.close()  # it would keep its mount busy
         move_mount(self.new, self.target.parent, self.target.name, beneath=True)
@@ -1098,7 +1096,14 @@ def _content(mount: Mount) -> tuple[bytes, tuple[int, int], bytes]:
 
 def _around_restricted(target: Target, old: Mount, copies: Sequence[Match]) -> list[Match]:
     """Return the mounts around receivers that have flags of their own, which an unmount would take with it."""
-    parents = {m.parent_id for m in copies if m.mount_id != old.id and m.attributes != old.attributes}
+    parents = set()
+    for match in copies:
+        if match.mount_id != old.id and match.attributes != old.attributes:
+            with contextlib.suppress(KernelError):  # it is gone
+                mount = below = look(match.mount_id, match.namespace_id)
+                while below.point == mount.point:
+                    below = look(below.parent_id, match.namespace_id)
+                    parents.add(below.id)
     if not parents or not target.below.peer_group:
         return []
     around = observe([target.below.device]).matches
@@ -1172,19 +1177,19 @@ def take_off(
         return (), stale + left_behind(sight, left, target.path, but=stale), sight.unseen
 
     with _outlasting(target):
-        spared = (
-            *strangers(target, old),
-            *around_of(target, convergence.excepted),
-            *_around_restricted(target, old, before),
-        )
         try:
             if receivers == "require":
                 step("place")
                 strays = _strays(target, old, verify()[1])
                 strays = [match for match in strays if not (is_inside and is_hidden(match))]
                 convergence.place(strays, within=[mount.id for mount in below])
+            spared = (
+                *strangers(target, old),
+                *around_of(target, convergence.excepted),
+                *_around_restricted(target, old, before),
+            )
             step("reveal")
-            with shielded(tuple({match.mount_id: match for match in spared}.values())):
+            with shielded(tuple({match.mount_id: match for match in spared}.values()), convergence.board):
                 replaced = remove(target, old, busy, deadline, below=below, follow=before, ids=ids)
                 enter("check")
         except BaseException:

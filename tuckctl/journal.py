@@ -68,7 +68,7 @@ class Mounted:
     master: int
     unbindable: bool
     point: bytes = b""
-    """Where it was to come, if that is told."""
+    """Where it was, or was to come, if that is told."""
     beneath: int = 0
     """The id of the receiver's mount that it was put beneath, if that is told."""
 
@@ -271,7 +271,8 @@ class Journal:
 
     def changing(self, mount: Mount) -> None:
         """Write that a mount's propagation is about to be changed for the moment. Raises TuckError."""
-        self._append({"changing": mounted(mount, mount.id, mount.namespace_id)})
+        point = {"point": os.fsdecode(mount.point)}
+        self._append({"changing": mounted(mount, mount.id, mount.namespace_id) | point})
 
     def tucking_by_peer(self, new: Mount) -> None:
         """Write that the tuck is about to be made from an uncovered peer, and what comes by it. Raises TuckError."""

@@ -24,6 +24,7 @@ from tuckctl.journal import Entry, Journal, Mounted
 from tuckctl.kernel.flags import AT_FDCWD, Clone, Propagation, Umount
 from tuckctl.kernel.syscalls import (
     Mount,
+    listmount,
     mount_id,
     mount_setattr,
     move_mount_set_group,
@@ -455,7 +456,10 @@ class _Recovery:
         """Give mounts the propagation back that they had before it was changed for the moment."""
         for wanted, space in in_spaces([*self.entry.changed, *self.entry.aside]):
             with contextlib.suppress(KernelError):
-                on_thread(partial(_repair, wanted, space, board.home))
+                on_thread(partial(_repair, wanted, space, board))
+        for wanted, space in in_spaces([each for each in self.entry.changed if each.point]):
+            with contextlib.suppress(KernelError):
+                on_thread(partial(_repair_covered, wanted, space, board))
 
 
 def withdraw(scene: Scene, entry: Entry, places: Places, enter: Callable[[str], None]) -> bool:
@@ -463,13 +467,15 @@ def withdraw(scene: Scene, entry: Entry, places: Places, enter: Callable[[str], 
 
     Returns whether the content before is live.
     """
-    if not entry.reached("place"):
+    if not (entry.reached("place") or entry.changed):
         return True
     recovery = _Recovery(scene, entry, places, enter)
     target = scene.target
     with recovery.journal, Switchboard() as board:
         recovery.journal.resume()
         recovery.repair(board)
+        if not entry.reached("place"):
+            return True
         board.note = recovery.journal.changing
         board.lend(target.below)
         enter("undo")
@@ -749,7 +755,7 @@ def _record_back(scene: Scene, entry: Entry) -> None:
         draft.publish()
 
 
-def _repair(wanted: Mounted, space: Fd, home: Fd) -> None:
+def _repair(wanted: Mounted, space: Fd, board: Switchboard) -> None:
     """Give one mount its propagation back, by way of another mount of the same group."""
     setns(space, Clone.NEWNS)
     mount = look(wanted.id)
@@ -763,28 +769,82 @@ def _repair(wanted: Mounted, space: Fd, home: Fd) -> None:
         elif not wanted.peer_group and mount.master == wanted.master:
             mount_setattr(root, propagation=Propagation.SLAVE)
         else:
-            template = _like(wanted, mount.device, home)
-            setns(space, Clone.NEWNS)
-            mount_setattr(root, propagation=Propagation.PRIVATE)
-            if template is not None:
-                with template:
-                    move_mount_set_group(template, root)
-            if wanted.peer_group and template is None:
-                mount_setattr(root, propagation=Propagation.SHARED)
+            _relate(root, wanted, mount.device, board, partial(setns, space, Clone.NEWNS))
 
 
-def _like(wanted: Mounted, device: tuple[int, int], home: Fd) -> Fd | None:
-    """Clone a mount that is in the wanted group, or make a slave of the wanted master."""
-    setns(home, Clone.NEWNS)
-    group = wanted.peer_group or wanted.master
-    members = [m for m in observe([device]).matches if m.peer_group == group and m.mount_id != wanted.id]
+def _relate(
+    root: Fd, wanted: Mounted, device: tuple[int, int], board: Switchboard, enter: Callable[[], object]
+) -> None:
+    """Give a mount the group, or the master, that another one had; the group anew where nobody is in it any more.
+
+    `enter` brings the thread to its namespace.
+    """
+    group, master = wanted.peer_group, wanted.master
+    found = like = _like(group, device, board, wanted.id) if group else None
+    if like is None and master:
+        like = _like(master, device, board, wanted.id)
+        if like is not None:
+            mount_setattr(like, propagation=Propagation.SLAVE)
+    enter()
+    mount_setattr(root, propagation=Propagation.PRIVATE)
+    if like is not None:
+        with like:
+            move_mount_set_group(like, root)
+    if group and found is None:
+        mount_setattr(root, propagation=Propagation.SHARED)
+
+
+def _repair_covered(wanted: Mounted, space: Fd, board: Switchboard) -> None:
+    """Have one mount lie lowest where a covered one was, or was replaced for the moment, with the relations of that."""
+    setns(space, Clone.NEWNS)
+    there = {mount.parent_id: mount for mount in _mounts() if mount.point == wanted.point}
+    ids = {mount.id for mount in there.values()}
+    lowest = next((mount for mount in there.values() if mount.parent_id not in ids), None)
+    if lowest is None:
+        return
+    chain = [lowest]
+    while (above := there.get(chain[-1].id)) is not None and _same(above) == _same(lowest):
+        chain.append(above)
+    base = chain[-1]
+    if base.id == wanted.id and len(chain) == 1:
+        return
+    is_related = (base.peer_group, base.master) == (wanted.peer_group, wanted.master)
+    if base.id not in there:  # it is in sight
+        if base.id != wanted.id and not is_related:
+            with reach(base.point, base.id) as root:
+                _relate(root, wanted, base.device, board, partial(setns, space, Clone.NEWNS))
+        return
+    if is_related and len(chain) == 1:
+        return
+    with board.bottom(space, base) as bottom:
+        if not is_related:
+            _relate(bottom.member, wanted, base.device, board, board.enter)
+            bottom.shared, bottom.is_right = bool(wanted.peer_group), False
+        bottom.join()
+
+
+def _mounts() -> list[Mount]:
+    found = []
+    for identity in listmount():
+        with contextlib.suppress(KernelError):
+            found.append(look(identity))
+    return found
+
+
+def _same(mount: Mount) -> tuple[object, ...]:
+    return mount.device, mount.root
+
+
+def _like(group: int, device: tuple[int, int], board: Switchboard, but: int) -> Fd | None:
+    """Clone a mount that is in a group, and is not the one with the id `but`; the thread stays where that is done."""
+    setns(board.home, Clone.NEWNS)
+    members = [m for m in observe([device]).matches if m.peer_group == group and m.mount_id != but]
     for match, space in in_spaces(members):
         with contextlib.suppress(KernelError):
             setns(space, Clone.NEWNS)
             mount = look(match.mount_id)
+            if any((each.parent_id, each.point) == (mount.id, mount.point) for each in children(mount.id)):
+                return board.clone_covered(space, mount)
             with reach(mount.point, mount.id) as root:
-                clone = open_tree(root, clone=True)
-            if not wanted.peer_group:
-                mount_setattr(clone, propagation=Propagation.SLAVE)
-            return clone
+                return open_tree(root, clone=True)
     return None

@@ -21,7 +21,7 @@ from tuckctl.spaces import in_spaces, insist, reach
 from tuckctl.target import look
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from tuckctl.kernel.fd import Fd
     from tuckctl.kernel.syscalls import Match, Mount
@@ -37,6 +37,23 @@ class New:
     """No mount that shows it has a lower id."""
     is_base: bool = False
     """Whether it is what lies at the bottom: then it is no peer of anything that was replaced."""
+    enter: Callable[[], None] | None = None
+    """Brings the thread to where it can be cloned; None where that is the caller's own namespace."""
+
+    @contextlib.contextmanager
+    def cloned_in(self, home: Fd) -> Iterator[None]:
+        """Have the thread, for a block, where the detached clone can be cloned; it comes from the caller's namespace.
+
+        The kernel allows that in the namespace only that it was made in (may_copy_tree in fs/namespace.c).
+        """
+        if self.enter is None:
+            yield
+            return
+        self.enter()
+        try:
+            yield
+        finally:
+            insist(partial(setns, home, Clone.NEWNS))
 
     def is_copy(self, mount: Mount) -> bool:
         """Whether a mount is new itself, or came from it by the tuck or since."""
@@ -115,7 +132,8 @@ class Relations:
             if group in self._followers:
                 self._members[group] = self._clone_of(self._followers[group], Propagation(0))
             else:
-                member = self._stack.enter_context(open_tree(new.whole, clone=True))
+                with new.cloned_in(self._home):
+                    member = self._stack.enter_context(open_tree(new.whole, clone=True))
                 mount_setattr(member, propagation=Propagation.PRIVATE)
                 if master:
                     move_mount_set_group(self._slave(master, new), member)
@@ -129,7 +147,8 @@ class Relations:
             if group in self._followers:
                 self._slaves[group] = self._clone_of(self._followers[group], Propagation.SLAVE)
             else:
-                slave = self._stack.enter_context(open_tree(member, clone=True))
+                with new.cloned_in(self._home):
+                    slave = self._stack.enter_context(open_tree(member, clone=True))
                 mount_setattr(slave, propagation=Propagation.SLAVE)
                 self._slaves[group] = slave
         return self._slaves[group]

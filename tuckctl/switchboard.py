@@ -14,7 +14,6 @@ import contextlib
 import errno
 import os
 from functools import partial
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from tuckctl.errors import KernelError
@@ -25,11 +24,11 @@ from tuckctl.kernel.syscalls import (
     attach,
     find_mounts,
     list_namespaces,
-    listmount,
     mount_id,
     mount_setattr,
     move_mount,
     move_mount_set_group,
+    namespace_owner,
     open_tree,
     openat2,
     pivot_root,
@@ -38,8 +37,8 @@ from tuckctl.kernel.syscalls import (
     umount2,
     unshare,
 )
-from tuckctl.kernel.threads import in_copy, on_thread, own_namespace
-from tuckctl.spaces import asks_a_server, insist, is_folder, reach, relative, unmount
+from tuckctl.kernel.threads import on_thread, own_namespace
+from tuckctl.spaces import asks_a_server, insist, is_folder, is_gone, reach, relative, unmount, walk
 from tuckctl.target import children, look
 
 if TYPE_CHECKING:
@@ -110,6 +109,7 @@ class Switchboard:
     def __init__(self) -> None:
         """Note where home is; the helper namespace is made when it is first needed."""
         self.home = own_namespace()
+        self._users = self._owner(self.home)
         self._space: Fd | None = None
         self._slots = 0
         self._lent: Mount | None = None
@@ -118,6 +118,11 @@ class Switchboard:
         """Is told of each mount whose propagation is about to be changed for the moment."""
         self.by_line_alone = False
         """Whether nothing is to be put beneath a mount but through a line: not by MOVE_MOUNT_BENEATH."""
+
+    @staticmethod
+    def _owner(space: Fd) -> int:
+        with namespace_owner(space) as users:
+            return os.fstat(users.fileno()).st_ino
 
     @staticmethod
     def _make(home: Fd) -> Fd:
@@ -154,7 +159,8 @@ class Switchboard:
         if self._space is not None:
             self._space.close()
 
-    def _enter(self) -> None:
+    def enter(self) -> None:
+        """Have the thread in the helper namespace."""
         if self._space is None:
             self._space = on_thread(partial(self._make, self.home))
         setns(self._space, Clone.NEWNS)
@@ -241,7 +247,7 @@ class Switchboard:
             with contextlib.ExitStack() as stack:
                 end = stack.enter_context(open_tree(tap, clone=True))
                 mount_setattr(end, propagation=Propagation.PRIVATE)
-                self._enter()
+                self.enter()
                 slot = self._slot(end)
                 try:
                     line = Line(slot, end, is_folder=is_folder(end))
@@ -251,7 +257,7 @@ class Switchboard:
                     move_mount_set_group(tap, end)
                     yield line
                 finally:
-                    insist(self._enter)
+                    insist(self.enter)
                     hang_up(end, slot)
         finally:
             insist(partial(setns, space, Clone.NEWNS))
@@ -263,8 +269,8 @@ class Switchboard:
         The tree itself stays as it is.
         """
         setns(self.home, Clone.NEWNS)
-        with open_tree(tree, clone=True) as copy:
-            self._enter()
+        with self._cloned(tree) as copy:
+            self.enter()
             slot = self._slot(copy)
             try:
                 for name, submount in submounts:
@@ -273,9 +279,18 @@ class Switchboard:
             finally:
                 hang_up(copy, slot)
 
+    def _cloned(self, tree: Fd) -> Fd:
+        try:
+            return open_tree(tree, clone=True)
+        except KernelError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        self.enter()  # it was made here
+        return open_tree(tree, clone=True)
+
     def copied(self, tree: Fd) -> Fd:
         """Return a copy of a detached tree that was assembled."""
-        self._enter()
+        self.enter()
         return open_tree(tree, clone=True, recursive=True)
 
     def take_out(self, lowest: int, space: Fd) -> Mount:
@@ -286,44 +301,13 @@ class Switchboard:
         if any(child.parent_id == lowest and child.point != mount.point for child in children(lowest)):
             # It would stay, but be locked no more (propagate_mount_unlock in fs/pnode.c).
             raise KernelError("umount2", show(mount.point), errno.EBUSY)
+        above = [child.id for child in children(lowest) if child.parent_id == lowest]
         self.take_out_lowest(space, parent, relative(mount.point, parent.point))
-        if lowest in listmount(parent.id):
-            raise KernelError("umount2", show(mount.point), errno.EBUSY)  # something else lies on it
-        return parent
-
-    def take_out_covered(self, lowest: int, space: Fd) -> None:
-        """Take a mount out from beneath what lies on it, where no line leads to what it lies on: that is covered.
-
-        Something is always there: a clone of the covered mount is put beneath it, and both it and the `lowest` one are
-        taken out from there, with what an interrupted attempt left. The clone is a slave of the same master.
-
-        Raises KernelError: ESTALE for one that is no slave, or gives on what it gets, or where something else lies.
-        """
         setns(space, Clone.NEWNS)
-        chain = [look(lowest)]
-        while (around := look(chain[-1].parent_id)).point == chain[0].point:
-            chain.append(around)
-        known = {(mount.device, mount.root) for mount in chain[:2]}
-        if (
-            len(chain) == 1
-            or not all(mount.master and (mount.device, mount.root) in known for mount in chain[1:])
-            or any(mount.peer_group for mount in chain[1:])
-            or any(_lying_on(below) != [above.id] for above, below in pairwise(chain))
-        ):
-            raise KernelError("move_mount", f"{show(chain[0].point)}, beneath which no mount can be put", errno.ESTALE)
-        place = relative(chain[0].point, around.point)
-
-        def clone() -> Fd:
-            while (seen := look(mount_id(AT_FDCWD, place))).point == look(seen.parent_id).point:
-                umount2(place, Umount.DETACH)
-            return open_tree(AT_FDCWD, place, clone=True)
-
-        with reach(around.point, around.id) as root:
-            tree = in_copy(clone, directory=root)
-        with tree, self.line(space, around, place, occupied=False) as line:
-            line.put(tree)
-            for _ in chain:
-                self.reveal(tree, lazy=True)
+        if not is_gone(lowest, 0):
+            raise KernelError("umount2", show(mount.point), errno.EBUSY)  # something else lies on it
+        # What it lay on may have been replaced by another mount of the same.
+        return look(look(above[0]).parent_id) if above else look(parent.id)
 
     def take_out_lowest(self, space: Fd, parent: Mount, place: bytes) -> None:
         """Take out the lowest of the mounts at a place of `parent` in one namespace: what lies on it, stays.
@@ -335,18 +319,33 @@ class Switchboard:
             line.drop()
 
     @contextlib.contextmanager
-    def line(self, space: Fd, parent: Mount, place: bytes, *, occupied: bool, like: Fd | None = None) -> Iterator[Line]:
+    def line(
+        self,
+        space: Fd,
+        parent: Mount,
+        place: bytes,
+        *,
+        occupied: bool,
+        like: Fd | None = None,
+        as_peer: bool = False,
+    ) -> Iterator[Line]:
         """Open a line to a place of `parent` in one namespace; the thread is in the helper namespace for the block.
 
-        `occupied` tells whether the lowest mount there may be dropped; with what lies on it where `like` is a detached
-        clone of that mount, with clones of those, in whose peer groups they are, or whose slaves. Raises KernelError
-        where there can be no line; then nothing has changed.
+        What comes there is a slave of what is put; `as_peer`, a peer. Where `parent` is covered by what lies on its
+        root, another mount of the same is in its stead after that, see `apart`. `occupied` tells whether the lowest
+        mount there may be dropped; with what lies on it where `like` is a detached clone of that mount, with clones of
+        those, in whose peer groups they are, or whose slaves. Raises KernelError where there can be no line; then
+        nothing has changed.
         """
         if parent.id in self._taps:
             with self._tapped(self._taps[parent.id], space, occupied=occupied) as line:
                 yield line
             return
         setns(space, Clone.NEWNS)
+        if not place and _is_covered(parent):
+            with self.apart(space, parent) as stand_in, self._drawn(stand_in, occupied=occupied, like=like) as line:
+                yield line
+            return
         with contextlib.ExitStack() as stack:
             root = stack.enter_context(reach(parent.point, parent.id))
             self.note(parent)
@@ -356,7 +355,7 @@ class Switchboard:
             # No mount is in the way there but the parent's own.
             resolve = Resolve.NO_SYMLINKS | Resolve.BENEATH | (Resolve.CACHED if asks_a_server(parent) else 0)
             spot = stack.enter_context(openat2(end, place, os.O_PATH, resolve))
-            self._enter()
+            self.enter()
             slot = self._slot(end)
             try:
                 line = Line(slot + b"/" + place, spot, is_folder=is_folder(spot))
@@ -366,12 +365,83 @@ class Switchboard:
                     )
                     move_mount(line.decoy, spot)
                 setns(space, Clone.NEWNS)
-                _connect(root, end, borrowed=borrowed, shared=bool(parent.peer_group))
-                self._enter()
+                _connect(root, end, borrowed=borrowed, shared=bool(parent.peer_group), as_peer=as_peer)
+                self.enter()
                 yield line
             finally:
-                insist(self._enter)
+                insist(self.enter)
                 hang_up(end, slot)
+                if as_peer:
+                    insist(partial(setns, space, Clone.NEWNS))
+                    insist(partial(mount_setattr, root, propagation=Propagation.SLAVE))
+
+    @contextlib.contextmanager
+    def _drawn(self, member: Fd, *, occupied: bool, like: Fd | None) -> Iterator[Line]:
+        """Open a line to what is in the peer group of a mount that was made in the helper namespace, or below it."""
+        self.enter()
+        with contextlib.ExitStack() as stack:
+            end = stack.enter_context(open_tree(member, clone=True))
+            mount_setattr(end, propagation=Propagation.PRIVATE)
+            slot = self._slot(end)
+            try:
+                line = Line(slot, end, is_folder=is_folder(end))
+                if occupied:
+                    line.decoy = stack.enter_context(
+                        open_tree(like, clone=True, recursive=True) if like is not None else line.blank()
+                    )
+                    move_mount(line.decoy, end)
+                move_mount_set_group(member, end)
+                yield line
+            finally:
+                insist(self.enter)
+                hang_up(end, slot)
+
+    @contextlib.contextmanager
+    def apart(self, space: Fd, base: Mount) -> Iterator[Fd]:
+        """Have another mount of the same in the place of one that is covered, for a block: it gives nothing on.
+
+        See `Bottom`. Yields a member of the group below which it is. The thread is in that namespace then, and after
+        that. What lies there at the end is a peer, or a slave, of whatever `base` was.
+        """
+        with self.bottom(space, base) as bottom:
+            try:
+                with bottom.leave() as stand_in:
+                    setns(space, Clone.NEWNS)
+                    yield stand_in
+            finally:
+                bottom.join()
+
+    def bottom(self, space: Fd, base: Mount) -> Bottom:
+        """Take a mount of a namespace that is covered by what lies on its root; nothing is done yet.
+
+        Raises KernelError: ESTALE where it cannot be replaced.
+        """
+        setns(space, Clone.NEWNS)
+        chain = [base]
+        while (around := look(chain[-1].parent_id)).point == base.point:
+            chain.append(around)
+        if (
+            self._owner(space) != self._users
+            or any((each.device, each.root) != (base.device, base.root) for each in chain)
+            or any(len(_lying_on(each)) != 1 for each in chain)
+        ):
+            raise KernelError("move_mount", f"{show(base.point)}, beneath which no mount can be put", errno.ESTALE)
+        return Bottom(self, space, chain, around)
+
+    def clone_covered(self, space: Fd, base: Mount) -> Fd:
+        """Clone a mount on which others lie, in a detached copy of what is around it; it has the same relations.
+
+        Those on it are left out one by one: what is unbindable is not copied with a tree. Raises KernelError.
+        """
+        setns(space, Clone.NEWNS)
+        around = look(base.parent_id)
+        while around.point == base.point:
+            around = look(around.parent_id)
+        folder, name = os.path.split(relative(base.point, around.point))
+        with reach(around.point, around.id) as root, walk(root, folder or b".") as seen:
+            tree = open_tree(seen, clone=True, recursive=True)
+        self.enter()
+        return self._bared(tree, name, lambda mount: _relations(mount) == _relations(base))
 
     def _end(self, stack: contextlib.ExitStack, space: Fd, root: Fd, parent: Mount) -> tuple[Fd, bool]:
         """Clone the mount that the line leads to; where its user namespace keeps that from being done, borrow one."""
@@ -425,7 +495,7 @@ class Switchboard:
 
         Where `member` was not made in the helper namespace, a detached `clone` of it is needed.
         """
-        self._enter()
+        self.enter()
         with clone or open_tree(member, clone=True) as bearer, open_tree(AT_FDCWD, b"/directory", clone=True) as decoy:
             mount_setattr(bearer, propagation=Propagation.PRIVATE)
             slot = self._slot(bearer)
@@ -443,7 +513,7 @@ class Switchboard:
         One unmount takes them all off: what stands on a member of a peer group is unmounted on every member
         (propagate_umount in fs/pnode.c). Raises KernelError where it cannot be done; then nothing is off.
         """
-        self._enter()
+        self.enter()
         with new_mount("tmpfs", [("source", BLANK), ("mode", b"0700")]) as root, contextlib.ExitStack() as stack:
             slot = self._slot(root)
             try:
@@ -464,7 +534,7 @@ class Switchboard:
         It comes to all that get mounts from member's group, beneath whatever lies at that place
         (attach_recursive_mnt in fs/namespace.c). `tell` is told of it before. Raises KernelError; then it came nowhere.
         """
-        self._enter()
+        self.enter()
         self._slot(new)  # only what is attached can be looked at
         tell(look(mount_id(new)))
         slot = self._slot(member)
@@ -479,7 +549,7 @@ class Switchboard:
 
         What lies on each copy is seated anew on what was beneath. Raises KernelError; then nothing has changed.
         """
-        self._enter()
+        self.enter()
         slot = self._slot(member)
         try:
             with open_tree(member, clone=True) as holder:
@@ -498,15 +568,18 @@ class Switchboard:
     def uncovered(self, tree: Fd, name: bytes, group: int) -> Fd:
         """Clone a mount of a peer group on which others lie, at `name` in a detached copy of what is around it.
 
-        Those are left out one by one: what is unbindable is not copied with a tree. Raises KernelError.
+        Raises KernelError.
         """
-        self._enter()
+        self.enter()
+        return self._bared(tree, name, lambda mount: mount.peer_group == group)
+
+    def _bared(self, tree: Fd, name: bytes, is_wanted: Callable[[Mount], bool]) -> Fd:
         for _ in range(_LAYERS):
             slot = self._slot(tree)
             try:
                 with openat2(tree, name, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as seen:
                     mount = look(mount_id(seen))
-                    if mount.peer_group == group:
+                    if is_wanted(mount):
                         return open_tree(seen, clone=True)
                     mount_setattr(seen, propagation=Propagation.UNBINDABLE)
                 rest = open_tree(tree, clone=True, recursive=True)
@@ -529,6 +602,138 @@ def _lying_on(mount: Mount) -> list[int]:
     return [child.id for child in children(mount.id) if child.parent_id == mount.id]
 
 
+def _is_covered(mount: Mount) -> bool:
+    return any(child.point == mount.point and child.parent_id == mount.id for child in children(mount.id))
+
+
+def _relations(mount: Mount) -> tuple[object, ...]:
+    return mount.device, mount.root, mount.peer_group, mount.master
+
+
+class Bottom:
+    """A covered mount of one namespace, and what stands in its stead: another mount of the same.
+
+    No descriptor leads to it, so its peer group cannot be left, nor joined. But a clone can be put beneath it, with the
+    group that is wanted, and it can be taken out from on top of that: through a peer of the clone, as what is unmounted
+    on one goes from all. Something is always there, and nobody sees any of it.
+    """
+
+    def __init__(self, board: Switchboard, space: Fd, chain: Sequence[Mount], around: Mount) -> None:
+        """Take the mount, those of the same beneath it, and the one around it, which has to be in sight."""
+        self._board, self._space, self._around = board, space, around
+        self._base = chain[0]
+        self._ids = {mount.id for mount in chain}
+        self._place = relative(self._base.point, around.point)
+        self.member = board.clone_covered(space, self._base)
+        """Has the relations that are to be had at the end: at first those of the mount."""
+        self._newest = mount_id(self.member)
+        self.shared = bool(self._base.peer_group)
+        self.is_right = True
+        """Whether the mount itself has them."""
+        self._right = 0
+        """The id of the one that was put there and has them."""
+
+    def __enter__(self) -> Self:
+        """Hold it for the length of a block."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        """Let it go."""
+        self.member.close()
+
+    def leave(self, *, follows: bool = True) -> Fd:
+        """Put one there that gives nothing on, and gets what is mounted on the peers only if it `follows`.
+
+        Returns a member of the group below which it is. Raises KernelError.
+        """
+        self._board.note(self._base)
+        try:
+            member = self._replace(Propagation.SLAVE if follows else Propagation.PRIVATE, as_peer=False)
+        except BaseException:
+            with contextlib.suppress(KernelError):
+                self.join()
+            raise
+        if follows and not self.shared:
+            self._right = self._stack()[-1].id
+        return member
+
+    def join(self) -> None:
+        """Put one there that has the relations of the first one. Raises KernelError."""
+        if [mount.id for mount in self._stack()] in ([self._right], [self._base.id] if self.is_right else []):
+            return
+        insist(self._join if self._find_above() else self._join_in_sight)
+        self._right = self._stack()[-1].id
+
+    def _join(self) -> None:
+        self._replace(Propagation(0), as_peer=self.shared).close()
+
+    def _join_in_sight(self) -> None:
+        setns(self._space, Clone.NEWNS)
+        with reach(self._base.point, self._stack()[-1].id) as root:
+            mount_setattr(root, propagation=Propagation.PRIVATE)
+            if self._base.peer_group or self._base.master:
+                move_mount_set_group(self.member, root)
+
+    def _replace(self, propagation: Propagation, *, as_peer: bool) -> Fd:
+        board = self._board
+        count, above = len(self._stack()), self._find_above()
+        board.enter()
+        with contextlib.ExitStack() as stack:
+            carrier = stack.enter_context(open_tree(self.member, clone=True))
+            if as_peer:
+                mount_setattr(carrier, propagation=Propagation.SLAVE)
+            elif propagation:
+                mount_setattr(carrier, propagation=propagation)
+            line = stack.enter_context(
+                board.line(self._space, self._around, self._place, occupied=False, as_peer=as_peer)
+            )
+            line.put(carrier)
+            member = open_tree(carrier, clone=True)
+            try:
+                for _ in range(count):
+                    board.reveal(member, lazy=True)
+                if as_peer:
+                    # A peer of the carrier gets a peer of what is mounted on that.
+                    with open_tree(self.member, clone=True) as clone:
+                        move_mount(clone, carrier)
+                        mount_setattr(carrier, propagation=Propagation.PRIVATE)
+                        line.take_off(clone)
+                    line.take_off(carrier)
+                stack.close()
+                self._refuse_others(above)
+            except BaseException:
+                member.close()
+                raise
+        return member
+
+    def _refuse_others(self, above: list[int]) -> None:
+        """See that one mount of the same lies there alone, and on it what did. Raises KernelError."""
+        if (len(self._stack()), self._find_above()) != (1, above):
+            raise KernelError("umount2", show(self._base.point), errno.EBUSY)
+
+    def _find_above(self) -> list[int]:
+        """Return the id of what lies on them, if anything does."""
+        return _lying_on(self._stack()[-1])
+
+    def _stack(self) -> list[Mount]:
+        setns(self._space, Clone.NEWNS)
+        found: list[Mount] = []
+        below = self._around
+        there = {mount.parent_id: mount for mount in children(below.id) if mount.point == self._base.point}
+        while (mount := there.get(below.id)) is not None and self._is_same(mount):
+            found.append(mount)
+            below = mount
+        if not found:
+            raise KernelError("listmount", f"{show(self._base.point)}, which was unmounted", errno.ESTALE)
+        return found
+
+    def _is_same(self, mount: Mount) -> bool:
+        is_known = mount.id in self._ids or mount.id > self._newest
+        return is_known and (mount.device, mount.root) == (self._base.device, self._base.root)
+
+
 def _join(tree: StandIn) -> None:
     for each in tree.on_it:
         _join(each)
@@ -536,8 +741,8 @@ def _join(tree: StandIn) -> None:
         move_mount_set_group(tree.original, tree.clone)
 
 
-def _connect(root: Fd, end: Fd, *, borrowed: bool, shared: bool = False) -> None:
-    """Make a mount the slave of the line's end. In between it gives on, or does not get, what is mounted.
+def _connect(root: Fd, end: Fd, *, borrowed: bool, shared: bool = False, as_peer: bool = False) -> None:
+    """Make a mount the slave of the line's end, or a peer. In between it gives on, or does not get, what is mounted.
 
     One that is `shared`, though with no other, becomes a peer of a borrowed end, and is alone again without it.
     """
@@ -550,7 +755,10 @@ def _connect(root: Fd, end: Fd, *, borrowed: bool, shared: bool = False) -> None
     mount_setattr(root, propagation=Propagation.SHARED)
     try:
         move_mount_set_group(root, end)
-    finally:
+    except BaseException:
+        insist(partial(mount_setattr, root, propagation=Propagation.SLAVE))
+        raise
+    if not as_peer:
         insist(partial(mount_setattr, root, propagation=Propagation.SLAVE))
 
 
@@ -579,6 +787,10 @@ class Line:
             unmount_here(self.decoy, self._path)
             self.decoy.close()
             self.decoy = None
+
+    def take_off(self, mount: Fd) -> None:
+        """Take off what is seen at this end, by a descriptor of it: what came of it at the other end goes as well."""
+        unmount_here(mount, self._path)
 
     def put(self, mount: Fd) -> None:
         """Put a detached mount there. The kernel does not lock it, whoever owns that namespace."""

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
-from typing import TYPE_CHECKING
+from collections import Counter
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,12 +18,15 @@ from tests.kernel.lab import needs_root
 from tests.kernel.scenes import Scene, Space, in_scene, mount_on, only_here, take_off, write_tree
 from tests.kernel.test_converge import SHARED, Guard, Superblock, begin, cover
 from tests.kernel.test_meddled import killed
-from tuckctl.kernel.flags import AT_FDCWD, MountAttr
-from tuckctl.kernel.syscalls import mount_id, mount_setattr
+from tuckctl.errors import KernelError
+from tuckctl.kernel.flags import AT_FDCWD, MountAttr, Propagation
+from tuckctl.kernel.syscalls import mount_id, mount_setattr, move_mount_set_group, open_tree
 from tuckctl.target import look
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from tuckctl.kernel.fd import Fd
 
 pytestmark = needs_root
 
@@ -190,97 +196,162 @@ def test_one_that_has_old_and_its_own_submounts_beside_one_that_has_replaced_it(
     in_scene(disk, work)
 
 
-# Where base is a mount as well.
+# Where base is a mount as well: nothing leads to it while content lies on it.
 
 
-def _make_own(target: bytes, how: str) -> None:
-    if how == "replaced":
+def _related(scene: Scene, kind: str) -> Space:
+    """Add a namespace before any overlay is there: `both` is a slave that gives on what it gets, as a container is."""
+    space = scene.space("slave" if kind == "both" else kind)
+    if kind == "both":
+        space.do(lambda: mount_setattr(AT_FDCWD, scene.around, propagation=Propagation.SHARED, recursive=True))
+    return space
+
+
+def _make_own(scene: Scene, space: Space, how: str, base: Fd) -> None:
+    """Have something there that no other has, and that does not come to others; `base` is what is below the content."""
+    target = scene.target
+    if how == "restricted":
+        space.do(lambda: mount_setattr(AT_FDCWD, target, set_=MountAttr.NOEXEC))
+    elif how == "replaced":
+        space.do(lambda: _replace_here(target, base))
+    elif how == "submount":
+        space.do(lambda: _apart_if_shared(target, lambda: mount_on(target + b"/sub")))
+        space.do(lambda: write_tree(target + b"/sub", {"f": b"own"}))
+
+
+def _apart_if_shared(path: bytes, work: Callable[[], object]) -> None:
+    work() if not look(mount_id(AT_FDCWD, path)).peer_group else only_here(path, work)
+
+
+def _replace_here(target: bytes, base: Fd) -> None:
+    with open_tree(base, clone=True) as member:
+        mount_setattr(base, propagation=Propagation.PRIVATE)
         take_off(target)
         cover(target)
-    elif how.endswith("submount"):
-        mount_on(target + b"/sub")
-        write_tree(target + b"/sub", {"f": b"own"})
-    elif how == "restricted":
-        mount_setattr(AT_FDCWD, target, set_=MountAttr.NOEXEC)
+        with contextlib.suppress(KernelError):  # it may have had none
+            move_mount_set_group(member, base)
 
 
-def _shape(scene: Scene, space: Space) -> list[tuple[object, ...]]:
+def _shape(scene: Scene, space: Space | None) -> list[tuple[object, ...]]:
     """Tell of what lies on the target in a namespace all but its ids."""
     mounts = scene.mounts_at(b"", space)
     return sorted((m.device, m.root, m.source, m.attributes, m.peer_group, m.master, m.point) for m in mounts)
 
 
-@pytest.mark.parametrize("how", ["slave-submount", "private-submount", "restricted", "replaced", "private"])
-@pytest.mark.parametrize("receivers", ["converge", "require"])
-def test_over_a_base_that_is_a_mount_each_keeps_its_own_or_all_is_as_it_was(
-    disk: bytes, receivers: str, how: str
-) -> None:
-    def work(scene: Scene) -> None:
-        for name in ("a", "b", "c"):
-            scene.image(name)
-        scene.swap("a")
-        scene.space("slave")
-        space = scene.space("private" if how.startswith("private") else "slave")
+def _bases(scene: Scene, device: tuple[int, int]) -> list[tuple[object, ...]]:
+    """Tell the same of base, which stays what it is to the others, whatever lies on it."""
+    return [each for space in (None, *scene.spaces) for each in _shape(scene, space) if each[0] == device]
 
-        space.do(lambda: _make_own(scene.target, how))
-        flags = space.do(lambda: look(mount_id(AT_FDCWD, scene.target))).attributes
-        before, shape = own(scene, space), _shape(scene, space)
-        holder = scene.hold()
-        assert scene.failure("b", receivers=receivers, busy="fail").exit_code == 4
-        scene.let_go(holder)
-        # Base may be another mount of the same there.
-        assert (own(scene, space), _shape(scene, space)) == (before, shape)
-        if expected is not None:
-            error = scene.failure("b", receivers=receivers)
-            assert (error.code, error.exit_code) == (expected, 4)
-            assert (own(scene, space), _shape(scene, space)) == (before, shape)
-            return
-        for name in ("b", "c"):
-            reader = scene.reader(space)
+
+@pytest.mark.parametrize("receivers", ["converge", "require"])
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        *product(["slave", "both", "peer"], ["restricted", "submount", "replaced"]),
+        *product(["private"], ["restricted", "submount", "plain"]),
+    ],
+)
+def test_over_a_base_that_is_a_mount_each_keeps_its_own(disk: bytes, kind: str, how: str, receivers: str) -> None:
+    def work(scene: Scene) -> None:
+        device = scene.top.device
+        scene.space("peer")
+        if kind == "private":
+            scene.swap("a")
+        space = _related(scene, kind)
+        with space.do(lambda: open_tree(AT_FDCWD, scene.target)) as base:
+            if kind != "private":
+                scene.swap("a")
+            _make_own(scene, space, how, base)
+        scene.space("slave")
+        bases, before, shape = _bases(scene, device), own(scene, space), _shape(scene, space)
+        spaces = [None, *scene.spaces]
+        assert len(bases) == len(spaces)
+        flags = space.do(lambda: look(before[0]).attributes)
+
+        def swap(name: str, **options: Any) -> None:
+            readers = [scene.reader(each) for each in spaces]
             guard = Guard(space, scene.target, MountAttr.NOEXEC) if how == "restricted" else None
-            scene.swap(name, receivers=receivers)
+            error = attempt(lambda: scene.swap(name, receivers=receivers, **options))
+            assert (error.exit_code if error is not None else 0) == (4 if "busy" in options else 0)
             assert guard is None or guard.result()[1] == 0
-            assert set(reader.result()) <= ({b"own"} if how == "replaced" else {b"a", b"b", b"c"})
-            assert scene.which() == name.encode()
-            assert scene.which(space) == (b"own" if how == "replaced" else name.encode())
-            if how.endswith("submount"):
-                assert scene.which(space, b"sub/f") == b"own"
+            for each, reader in zip(spaces, readers, strict=True):
+                own_alone = how == "replaced" and each is space
+                assert set(reader.result()) <= ({b"own"} if own_alone else {b"a", b"b", b"c"})
+            assert _bases(scene, device) == bases
+
+        holder = scene.hold()
+        swap("b", busy="fail")
+        scene.let_go(holder)
+        assert (own(scene, space), _shape(scene, space)) == (before, shape)
+        for name in ("b", "c"):
+            swap(name)
+            for each in spaces:
+                assert scene.which(each) == (b"own" if how == "replaced" and each is space else name.encode())
+            assert how != "submount" or scene.which(space, b"sub/f") == b"own"
             assert space.do(lambda: look(mount_id(AT_FDCWD, scene.target))).attributes == flags
-            # Nothing of the content before is left there, and base is what it was.
-            assert len(_shape(scene, space)) == len(shape)
+            # What it is to the others is as it was, but for the numbers.
+            top = look(own(scene, space)[0], space.id)
+            if how != "replaced":
+                group = scene.top.peer_group
+                wanted = {"slave": (0, group), "peer": (group, 0), "private": (0, 0), "both": (top.peer_group, group)}
+                assert (top.peer_group, top.master) == wanted[kind]
+                assert kind != "both" or top.peer_group not in (0, group)
+        _detach(scene, space, device, how=how, receivers=receivers)
         if how == "replaced":
             assert own(scene, space) == before
-        space.do(lambda: take_off(scene.target))
-        assert scene.which(space) == b"base"
 
-    # Base covers the mount around it: there is no way back for one receiver alone.
-    expected = None
-    if receivers == "require" and how != "replaced":
-        expected = "receivers-would-be-left-behind"
     in_scene(disk, work, "shared", "tmpfs")
 
 
-def test_killed_at_any_moment_over_a_base_that_is_a_mount_nothing_stays_for_good(disk: bytes) -> None:
-    """What is put beneath a receiver's base for the moment goes with the next swap."""
+def _detach(scene: Scene, space: Space, device: tuple[int, int], *, how: str, receivers: Any) -> None:
+    bases = _bases(scene, device)
+    readers = [(each, scene.reader(each)) for each in (None, *scene.spaces)]
+    assert scene.detach(receivers=receivers).outcome == "swapped"
+    for each, reader in readers:
+        expected = {b"own"} if how == "replaced" and each is space else {b"c", b"base"}
+        assert set(reader.result()) <= expected
+        assert scene.which(each) in expected - {b"c"}
+    # It has its own on a mount of base of its own.
+    is_own = how in ("restricted", "submount")
+    left = Counter(_bases(scene, device))
+    assert left >= Counter(bases)
+    assert left.total() == len(bases) + is_own
+    top = space.do(lambda: look(mount_id(AT_FDCWD, scene.target)))
+    assert how != "submount" or scene.which(space, b"sub/f") == b"own"
+    assert how != "restricted" or top.attributes & MountAttr.NOEXEC
+
+
+@pytest.mark.parametrize(("kind", "receivers"), [("slave", "converge"), ("both", "require"), ("peer", "converge")])
+def test_killed_at_any_moment_over_a_base_that_is_a_mount_all_is_put_in_order(
+    disk: bytes, kind: str, receivers: Any
+) -> None:
+    """Base is replaced by another mount of the same for the moment: neither that nor what it was to others is lost."""
 
     def work(scene: Scene) -> None:
+        device = scene.top.device
+        scene.space("peer")
+        space = _related(scene, kind)
         scene.swap("a")
-        space = scene.space("slave")
-        space.do(lambda: _make_own(scene.target, "restricted"))
-        most = with_fault(lambda: scene.swap("b")).calls.total()
-        for number in random.SystemRandom().sample(range(1, most + 1), 4):
+        space.do(lambda: mount_setattr(AT_FDCWD, scene.target, set_=MountAttr.NOEXEC))
+        bases = [_told_but_for_lone_groups(each) for each in _bases(scene, device)]
+        image = scene.image("b")
+        most = with_fault(lambda: tuckctl.swap(scene.target, [image], receivers=receivers)).calls.total()
+        for number in random.SystemRandom().sample(range(1, most + 1), 3):
             scene.swap("a")
-            killed(scene, number)
-            assert space.do(lambda: look(mount_id(AT_FDCWD, scene.target))).attributes & MountAttr.NOEXEC, number
-            told = attempt(lambda: tuckctl.recover(scene.target))
-            if told is not None:  # it cannot be undone where base covers what a line would lead to
-                assert (told.exit_code, told.code) == (7, "recover-failed"), number
-                take_off(scene.target)
-                assert tuckctl.recover(scene.target).outcome == "recovered", number
-            assert scene.everywhere() == [b"b"] * 2, number
-            space.do(lambda: _make_own(scene.target, "restricted"))
-            scene.swap("c")
-            assert scene.everywhere() == [b"c"] * 2, number
-            assert len(_shape(scene, space)) == 2, number
+            readers = [scene.reader(each) for each in (None, *scene.spaces)]
+            guard = Guard(space, scene.target, MountAttr.NOEXEC)
+            killed(scene, number, receivers=receivers)
+            assert tuckctl.recover(scene.target).outcome == "recovered", number
+            assert len(set(scene.everywhere())) == 1, number
+            assert guard.result()[1] == 0, number
+            assert all(set(reader.result()) <= {b"a", b"b"} for reader in readers), number
+            assert [_told_but_for_lone_groups(each) for each in _bases(scene, device)] == bases, number
+            assert [len(_shape(scene, each)) for each in (None, *scene.spaces)] == [2] * 3, number
 
     in_scene(disk, work, "shared", "tmpfs")
+
+
+def _told_but_for_lone_groups(base: tuple[object, ...]) -> tuple[object, ...]:
+    """Tell of a mount without the number of the group, where it is a slave too: nobody else is in that here."""
+    *others, group, master, point = base
+    return (*others, bool(group) if master else group, master, point)

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -132,13 +132,13 @@ def test_killed_while_receivers_on_receivers_are_brought_none_is_lost(disk: byte
     in_scene(disk, work)
 
 
-def killed(scene: Scene, number: int, *events: Event) -> None:
+def killed(scene: Scene, number: int, *events: Event, **options: Any) -> None:
     """Kill a swap just before one of its calls from the tuck on."""
     image, pids = scene.image("b"), os.pipe()
 
     def swap() -> TransactionResult:
         os.write(pids[1], b"%d" % os.getpid())
-        return tuckctl.swap(scene.target, [image])
+        return tuckctl.swap(scene.target, [image], **options)
 
     with pytest.raises(EOFError):  # it could not answer any more
         with_fault(swap, *events, Event(number, lambda: os.kill(int(os.read(pids[0], 16)), signal.SIGKILL)))
