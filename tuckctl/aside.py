@@ -20,6 +20,7 @@ from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import Clone, Propagation
 from tuckctl.kernel.syscalls import (
     attach,
+    is_seated_on_stacks,
     mount_setattr,
     move_mount,
     move_mount_set_group,
@@ -248,6 +249,8 @@ class Asides:
 
     def lock_seen(self, copies: Sequence[Match], new: New) -> None:
         """Put a locked mount in the place of new in other user namespaces, where nothing lies on it yet."""
+        if not is_seated_on_stacks():
+            return
         asides = [
             _Aside(match.namespace_id, match.mount_id, match.owner, match.mount_id, LOCKED)
             for match in copies
@@ -278,7 +281,7 @@ class Asides:
             return OWN_FLAGS
         if excepted(match):
             return "private"
-        return LOCKED if self.is_foreign(match) else None
+        return LOCKED if self.is_foreign(match) and is_seated_on_stacks() else None
 
     def _has_own_flags_inside(self, match: Match) -> bool:
         return any(

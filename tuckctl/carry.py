@@ -38,7 +38,7 @@ from tuckctl.spaces import is_folder, walk
 from tuckctl.target import look, submounts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
     from typing import Self
 
@@ -71,11 +71,13 @@ class Carried:
 class Carriage:
     """The clones of a target's submounts; owns their descriptors."""
 
-    def __init__(self, target: Target, carried: Sequence[Carried], targets: Iterable[bytes] = ()) -> None:
-        """Own the clones, parents before their children; `targets` are the places of those that are targets."""
+    def __init__(
+        self, target: Target, carried: Sequence[Carried], targets: Mapping[bytes, Fd] = MappingProxyType({})
+    ) -> None:
+        """Own the clones, parents before their children; `targets` are those that are targets, by their places."""
         self.target = target
         self.carried = tuple(carried)
-        self._targets = frozenset(targets)
+        self._targets = targets
 
     def __len__(self) -> int:
         """Return how many submounts are carried."""
@@ -163,6 +165,8 @@ class Carriage:
         """
         for item in self.carried:
             self._refuse_without_place(item, new)
+        attached: dict[int, Carried] = {}
+        is_copied = False
         # Children first: only the root of a detached tree can still be changed (mount_setattr(2)).
         for item in reversed(self.carried):
             if not (item.shared or item.onto_alone or not parent_shared):
@@ -171,12 +175,28 @@ class Carriage:
                 continue
             onto = self._onto(item, new)
             if item.parent is None or item.onto_alone:
-                attach(item.clone, onto, item.place)
+                is_copied |= attach(item.clone, onto, item.place)
             elif on_top and item.parent.point not in self._targets:
-                _attach_alone(item, onto)
+                is_copied |= _attach_alone(item, onto)
             else:
                 mount_setattr(onto, propagation=Propagation.PRIVATE)
-                attach(item.clone, onto, item.place)
+                is_copied |= attach(item.clone, onto, item.place)
+            attached[item.mount.id] = item
+        if is_copied:
+            self._find_again(new, attached)
+
+    def _find_again(self, new: Fd, attached: Mapping[int, Carried]) -> None:
+        """Have the clones' descriptors, and the other targets', lead to what lies in the copy that new is now."""
+        from tuckctl.kernel.older import find_again  # noqa: PLC0415 - for old kernels only
+
+        for item in attached.values():
+            first, place = item, item.place
+            while first.parent is not None and first.parent.id in attached:
+                first = attached[first.parent.id]
+                place = first.place + b"/" + place
+            find_again(self._onto(first, new), [(item.clone, place)])
+            if item.mount.point in self._targets:
+                self._targets[item.mount.point].turn_to(item.clone)
 
     @property
     def is_alone_on_shared(self) -> bool:
@@ -198,12 +218,12 @@ class Carriage:
                 _attach_alone(item, onto)
 
 
-def _attach_alone(item: Carried, onto: Fd) -> None:
+def _attach_alone(item: Carried, onto: Fd) -> bool:
     """Attach a clone to a shared mount and to no other of its group, which that one leaves for the moment."""
     with open_tree(onto, clone=True) as member:
         mount_setattr(onto, propagation=Propagation.PRIVATE)
         try:
-            attach(item.clone, onto, item.place)
+            return attach(item.clone, onto, item.place)
         finally:
             move_mount_set_group(member, onto)
 

@@ -375,15 +375,14 @@ class _Stage:
 
     def _naive(self, images: Sequence[bytes], swaps: int) -> Iterator[int]:
         """Unmount and mount, at its best: the next overlay is ready before the last one is taken off."""
-        with contextlib.ExitStack() as stack:
-            layers = [stack.enter_context(self._layer(image)) for image in images]
-            for done in range(1, swaps + 1):
-                overlay = Overlay((layers[done % 2], self.base), b"demo", MountAttr.RDONLY)
+        for done in range(1, swaps + 1):
+            with self._layer(images[done % 2]) as layer:
+                overlay = Overlay((layer, self.base), b"demo", MountAttr.RDONLY)
                 with assemble(overlay) as new:
                     umount2(self.target, Umount.DETACH)
                     move_mount(new, AT_FDCWD, self.target)
-                time.sleep(_REST)
-                yield done
+            time.sleep(_REST)
+            yield done
 
     def _layer(self, image: bytes) -> Fd:
         store = Store(self.scratch + b"/state")

@@ -181,9 +181,7 @@ class Exchange:
         self.target = target
         self.old = old
         self.new = new
-        self.new_id = mount_id(new)
-        self.first_id = self.new_id
-        """An id such that no mount that shows new has a lower one."""
+        self.look_at_new()
         self.carriage = carriage
         self.base = (
             target.stack[-2] if old is not None and len(target.stack) > 1 else target.top if old is None else None
@@ -248,6 +246,12 @@ class Exchange:
     def is_unseen(self) -> bool:
         """Whether new is not seen before something is taken off it."""
         return self.old is not None or bool(self.cover_id)
+
+    def look_at_new(self) -> None:
+        """Take the id of what is assembled by now: that may be a copy since something was attached (Linux 6.15)."""
+        self.new_id = mount_id(self.new)
+        self.first_id = self.new_id
+        """An id such that no mount that shows new has a lower one."""
 
     @property
     def root(self) -> Exchange:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from typing import TYPE_CHECKING
 
+from tuckctl.errors import KernelError
 from tuckctl.frozen import frozen
 from tuckctl.kernel.fscontext import new_mount
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 MOST_LAYERS = 500
 _MOST_SOURCE = 200
 _LONGEST = 255
+_NO_SUCH_LAYERS = (errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a kernel says that takes no layers by descriptor (Linux 6.13), or no detached ones (6.15)."""
 _SOURCE = re.compile(rb"tuckctl:(?P<target>.*)@(?P<generation>[1-9][0-9]*)", re.DOTALL)
 
 
@@ -92,5 +96,14 @@ def assemble(overlay: Overlay) -> Fd:
         ("index", b"off"),
         ("nfs_export", b"off"),
     ]
-    options += [("lowerdir+", layer) for layer in overlay.layers]
-    return new_mount("overlay", options, overlay.attributes)
+    by_fd = [("lowerdir+", layer) for layer in overlay.layers]
+    try:
+        return new_mount("overlay", [*options, *by_fd], overlay.attributes)
+    except KernelError as error:
+        if error.errno not in _NO_SUCH_LAYERS:
+            raise
+        from tuckctl.kernel import older  # noqa: PLC0415 - for old kernels only
+
+        if not older.lacks("detached-layers"):
+            raise
+    return older.overlay_of_detached(options, overlay.layers, overlay.attributes)

@@ -23,6 +23,8 @@ from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import (
     attach,
     find_mounts,
+    has_open_tree_attr,
+    is_seated_on_stacks,
     list_namespaces,
     mount_id,
     mount_setattr,
@@ -131,13 +133,20 @@ class Switchboard:
         with own_namespace() as space:
             setns(space, Clone.NEWNS)  # out of a chroot
         mount_setattr(AT_FDCWD, b"/", propagation=Propagation.PRIVATE, recursive=True)
-        with new_mount("tmpfs", [("source", BLANK), ("mode", b"0700")]) as scratch:
+        with new_mount("tmpfs", [("source", BLANK), ("mode", b"0700")]) as scratch, contextlib.ExitStack() as stack:
             space = own_namespace()  # /proc goes with all the rest
             try:
+                proc = None
+                if not has_open_tree_attr():
+                    # An older kernel: what it does not tell is read there (see tuckctl.kernel.older).
+                    proc = stack.enter_context(open_tree(AT_FDCWD, b"/proc", clone=True, recursive=True))
                 move_mount(scratch, AT_FDCWD, b"/")
                 os.fchdir(scratch.fileno())
                 pivot_root(b".", b".")
                 umount2(b".", Umount.DETACH)
+                if proc is not None:
+                    os.mkdir("proc")
+                    move_mount(proc, AT_FDCWD, b"/proc")
                 os.mkdir("directory")
                 os.close(os.open("file", os.O_CREAT | os.O_WRONLY | os.O_CLOEXEC, 0o600))
             except BaseException:
@@ -801,7 +810,10 @@ class Line:
 
         The kernel locks what propagates into another user namespace, but for the root of the tree. So the
         mount goes as the child of another one, which is taken out again (attach_recursive_mnt, fs/namespace.c).
+        Raises KernelError, EINVAL before Linux 6.17.
         """
+        if not is_seated_on_stacks():
+            raise KernelError("move_mount", show(self._path), errno.EINVAL)
         with self.blank() as bearer:
             mount_setattr(bearer, propagation=Propagation.PRIVATE)
             move_mount(tree, bearer)

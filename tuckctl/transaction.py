@@ -910,6 +910,7 @@ def _prepare(stack: contextlib.ExitStack, scene: Scene, new: Fd, inner: Mapping[
         likes = {path: stack.enter_context(open_tree(mount, clone=True)) for path, mount in inner.items()}
         stack.enter_context(gather(scene.target, likes)).attach(exchange.others, parent_shared=True, on_top=True)
     carriage.attach(new, parent_shared=exchange.parent_shared and exchange.others is None, on_top=on_top)
+    exchange.look_at_new()
     reserve(_DESCRIPTORS)
     return exchange
 

@@ -22,6 +22,7 @@ from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import AT_FDCWD, Clone, MountAttr, Propagation, StatMount, Umount
 from tuckctl.kernel.fscontext import new_mount
 from tuckctl.kernel.syscalls import (
+    has_open_tree_attr,
     listmount,
     loop_get_free,
     mount_id,
@@ -31,7 +32,6 @@ from tuckctl.kernel.syscalls import (
     namespace_id,
     namespace_info,
     open_tree,
-    open_tree_attr,
     statmount,
     umount2,
     unshare,
@@ -98,6 +98,26 @@ def _uncovered_peer(scene: _Scene) -> None:
             umount2(around.path(b"spot"), Umount.DETACH)
 
 
+def _propagated_stack(scene: _Scene) -> None:
+    """What lies at a place to which two mounts come, the one on the other, lies on the upper one of them."""
+    with _tmpfs() as around, _tmpfs() as top, _tmpfs() as bearer, _tmpfs() as new:
+        move_mount(around, scene.tree, b"left")
+        mount_setattr(around, propagation=Propagation.SHARED)
+        os.mkdir("spot", dir_fd=around.fileno())
+        move_mount(top, around, b"spot")
+        with open_tree(around, clone=True) as peer:
+            move_mount(peer, scene.tree, b"right")
+            move_mount(bearer, scene.tree, b"spot")
+            move_mount(new, bearer)
+            move_mount(bearer, peer, b"spot")
+            mask = StatMount.SB_BASIC | StatMount.MNT_BASIC
+            below = statmount(statmount(mount_id(top), mask).parent_id, mask)
+            status = os.fstat(new.fileno())
+            mount_setattr(peer, propagation=Propagation.PRIVATE)
+        if below.device != (os.major(status.st_dev), os.minor(status.st_dev)):
+            raise KernelError("move_mount", "two mounts on a clone of a shared mount", errno.EOPNOTSUPP)
+
+
 def _set_group(scene: _Scene) -> None:
     with scene.bind() as member, scene.bind() as joining:
         move_mount(member, scene.tree, b"left")
@@ -121,6 +141,12 @@ def _onto_detached(scene: _Scene) -> None:
     with _tmpfs() as tree, scene.bind() as child:
         os.mkdir("spot", dir_fd=tree.fileno())
         move_mount(child, tree, b"spot")
+
+
+def _open_tree_attr(_: _Scene) -> None:
+    """Without the call itself, open_tree_attr takes two others."""
+    if not has_open_tree_attr():
+        raise KernelError("open_tree_attr", "a copy", errno.ENOSYS)
 
 
 def _loop(_: _Scene) -> None:
@@ -149,6 +175,7 @@ _TRIALS: Mapping[str, tuple[str, Callable[[_Scene], object]]] = {
     "mount-setattr": ("5.12", lambda s: mount_setattr(s.tree, set_=MountAttr.NODEV)),
     "set-group": ("5.15", _set_group),
     "uncovered-peer": ("4.11", _uncovered_peer),
+    "propagated-stacks": ("6.17", _propagated_stack),
     "beneath": ("6.5", _beneath),
     "unique-mount-ids": ("6.8", lambda s: mount_id(s.tree)),
     "statmount": ("6.8", lambda s: statmount(mount_id(s.tree), StatMount.MNT_BASIC)),
@@ -159,14 +186,14 @@ _TRIALS: Mapping[str, tuple[str, Callable[[_Scene], object]]] = {
     "layers-by-fd": ("6.13", lambda s: _overlay(s, "lowerdir+", detached=False)),
     "detached-layers": ("6.15", lambda s: _overlay(s, "lowerdir+", detached=True)),
     "onto-detached": ("6.15", _onto_detached),
-    "open-tree-attr": ("6.15", lambda s: open_tree_attr(s.tree, b"low", set_=MountAttr.NOEXEC).close()),
+    "open-tree-attr": ("6.15", _open_tree_attr),
     "loop-devices": ("2.6", _loop),
 }
 
-# Without these there is no swap.
+# Without these there is no swap. For the others tuckctl.kernel.older has another way.
 NEEDED = (
-    "detached-layers", "layers-by-fd", "listmount", "mount-api", "mount-setattr", "namespace-ioctls",
-    "onto-detached", "overlay", "set-group", "statmount", "uncovered-peer", "unique-mount-ids",
+    "listmount", "mount-api", "mount-setattr", "namespace-ioctls", "overlay", "set-group", "statmount",
+    "uncovered-peer", "unique-mount-ids",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from tuckctl.errors import KernelError
-from tuckctl.frozen import frozen
+from tuckctl.frozen import frozen, replace
 from tuckctl.kernel._floor import ffi, lib
 from tuckctl.kernel.fd import Fd
 from tuckctl.kernel.flags import (
@@ -41,6 +41,7 @@ _ENOENT = 2
 _EOVERFLOW = 75
 _ENAMETOOLONG = 36
 _EINVAL = 22
+_ENOSYS = 38
 _STRINGS = 512
 _PLAIN = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+=:,./-")
 # A thousand mounts have few different flags, and an enum's member takes longer to find than a mount.
@@ -183,7 +184,31 @@ def _tree_flags(*, clone: bool, recursive: bool, has_path: bool) -> int:
 
 
 def open_tree(directory: Descriptor, path: bytes = b"", *, clone: bool = False, recursive: bool = False) -> Fd:
-    """Open a mount, or make a detached copy of it; recursive copies what is mounted below as well."""
+    """Open a mount, or make a detached copy of it; recursive copies what is mounted below as well.
+
+    Before Linux 6.15 a copy of a detached tree costs that its own descriptor leads to another copy (see older).
+    """
+    try:
+        return _open_tree(directory, path, clone=clone, recursive=recursive)
+    except KernelError as error:
+        if not clone or path or directory == AT_FDCWD or error.errno != _EINVAL:
+            raise
+        from tuckctl.kernel import older  # noqa: PLC0415 - for old kernels only
+
+        if not older.lacks("onto-detached"):
+            raise
+        try:
+            return older.copy_detached(directory, recursive=recursive)
+        except KernelError:
+            raise error from None
+
+
+def open_tree_once(directory: Descriptor, *, recursive: bool) -> Fd:
+    """Make a detached copy of a mount, as `open_tree` does, in no other way than by the call itself."""
+    return _open_tree(directory, b"", clone=True, recursive=recursive)
+
+
+def _open_tree(directory: Descriptor, path: bytes, *, clone: bool, recursive: bool) -> Fd:
     value = lib.tuck_open_tree(
         _number(directory),
         _text(path, "open_tree"),
@@ -201,12 +226,37 @@ def open_tree_attr(
     clear: MountAttr = MountAttr(0),
     propagation: Propagation = Propagation(0),
 ) -> Fd:
-    """Make a detached copy of a mount with other attributes, in one step (Linux 6.15)."""
+    """Make a detached copy of a mount with other attributes: in one step since Linux 6.15, else unseen all the same."""
     flags = _tree_flags(clone=True, recursive=recursive, has_path=bool(path))
     value = lib.tuck_open_tree_attr(
         _number(directory), _text(path, "open_tree_attr"), flags, set_, clear, propagation, 0
     )
-    return Fd(_check(value, "open_tree_attr", directory, path))
+    if value != -_ENOSYS:
+        return Fd(_check(value, "open_tree_attr", directory, path))
+    copy = open_tree(directory, path, clone=True, recursive=recursive)
+    try:
+        mount_setattr(copy, set_=set_, clear=clear, propagation=propagation, recursive=recursive)
+    except BaseException:
+        copy.close()
+        raise
+    return copy
+
+
+def has_open_tree_attr() -> bool:
+    """Whether the kernel has that call."""
+    nowhere = -1
+    return int(lib.tuck_open_tree_attr(nowhere, b"", At.EMPTY_PATH, 0, 0, 0, 0)) != -_ENOSYS
+
+
+@functools.cache
+def is_seated_on_stacks() -> bool:
+    """Whether what lies at a place comes to lie on all of a stack that propagation brings there (Linux 6.17).
+
+    Before, it lies on the lowest mount of that, beside the next one.
+    """
+    from tuckctl.kernel import older  # noqa: PLC0415 - for old kernels only
+
+    return not older.lacks("propagated-stacks")
 
 
 def move_mount(source: Descriptor, directory: Descriptor, path: bytes = b"", *, beneath: bool = False) -> None:
@@ -216,14 +266,31 @@ def move_mount(source: Descriptor, directory: Descriptor, path: bytes = b"", *, 
     _check(value, "move_mount", directory, path)
 
 
-def attach(source: Descriptor, onto: Descriptor, place: bytes) -> None:
+def attach(source: Descriptor, onto: Descriptor, place: bytes) -> bool:
     """Attach a mount at a place in the content of another one, and nowhere else.
 
     No symlink leads there: whoever can write to what lies below could put one on the way at any moment, and
-    move_mount(2) would follow it. Raises KernelError, ELOOP where there is one.
+    move_mount(2) would follow it. Raises KernelError, ELOOP where there is one. Returns whether both descriptors lead
+    to copies now, as they do before Linux 6.15 if `onto` is detached (see older).
     """
     with openat2(onto, place, os.O_PATH, Resolve.NO_SYMLINKS | Resolve.BENEATH) as spot:
-        move_mount(source, spot)
+        try:
+            move_mount(source, spot)
+        except KernelError as error:
+            if error.errno != _EINVAL:
+                raise
+            from tuckctl.kernel import older  # noqa: PLC0415 - for old kernels only
+
+            if not older.lacks("onto-detached"):
+                raise
+            failure = error
+        else:
+            return False
+    try:
+        older.mount_on_detached(onto, source, place)
+    except KernelError:
+        raise failure from None
+    return True
 
 
 def move_mount_set_group(source: Descriptor, target: Descriptor) -> None:
@@ -282,7 +349,10 @@ class Mount:
 
 def statmount(mount_id: int, mask: StatMount, namespace_id: int = 0) -> Mount:
     """Tell of one mount, of this namespace or another (Linux 6.8, 6.11 for another)."""
-    return decode_mount(*_statmount(mount_id, mask, namespace_id))
+    buffer, size = _statmount(mount_id, mask, namespace_id)
+    mount = decode_mount(buffer, size)
+    told = ffi.cast("struct tuck_statmount *", buffer).mask
+    return _with_source(mount, namespace_id) if _wants_source(mask, told) else mount
 
 
 def mount_options(mount_id: int, namespace_id: int = 0) -> bytes:
@@ -307,6 +377,32 @@ def _statmount(mount_id: int, mask: StatMount, namespace_id: int) -> tuple[Any, 
     if value < 0:
         raise KernelError("statmount", f"mount {mount_id}", -value)
     return buffer, size
+
+
+def _wants_source(mask: StatMount, told: int) -> bool:
+    """Whether a source was asked for that this kernel tells of no mount (Linux 6.13)."""
+    if not mask & _HAS_SOURCE or told & _HAS_SOURCE:
+        return False
+    from tuckctl.kernel import older  # noqa: PLC0415 - for old kernels only
+
+    return not older.tells_sources()
+
+
+def _with_source(mount: Mount, namespace_id: int, known: dict[int, dict[int, bytes]] | None = None) -> Mount:
+    from tuckctl.kernel import older  # noqa: PLC0415 - for old kernels only
+
+    if known is None:
+        return replace(mount, source=older.source_of(mount.old_id, namespace_id))
+    if namespace_id not in known:
+        known[namespace_id] = older.sources(namespace_id)
+    return replace(mount, source=known[namespace_id].get(mount.old_id, b""))
+
+
+def has_source(mount_id: int) -> bool:
+    """Whether statmount tells the source of this mount."""
+    buffer = _unset("char[]", 4096)
+    found = ffi.cast("struct tuck_statmount *", buffer)
+    return lib.tuck_statmount(mount_id, 0, _HAS_SOURCE, found, 4096) == 0 and bool(found.mask & _HAS_SOURCE)
 
 
 def decode_mount(buffer: Any, size: int) -> Mount:
@@ -368,6 +464,13 @@ def statmount_each(
         for number in range(begin, begin + count):
             _, _, above, offset, error = _FACTS.unpack_from(each, number * _FACTS.size)
             found.append(None if error else (_mount_in(text, offset, strings), above))
+    first = next((each for each in found if each is not None and not each[0].source), None)
+    if first is not None and _wants_source(mask, 0):
+        known: dict[int, dict[int, bytes]] = {}
+        return [
+            told and (_with_source(told[0], space, known), told[1])
+            for told, (space, _) in zip(found, wanted, strict=True)
+        ]
     return found
 
 
