@@ -47,12 +47,14 @@ def find_trigger(path: bytes) -> Mount | None:
             found = _step(here, name, known[1])
             if found is None:
                 return None
-            if not stat.S_ISLNK(os.fstat(found.fileno()).st_mode):
+            link = None if _is_folder(found) else _link(found)
+            if link is None:
                 here.close()
                 here = found
                 continue
-            with found:
-                link = os.readlink(b"", dir_fd=found.fileno())
+            found.close()
+            if not link:
+                return None
             followed += 1
             if followed > _MOST_SYMLINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
@@ -76,6 +78,25 @@ def _step(here: Fd, name: bytes, fstype: str) -> Fd | None:
                 return None
             raise
     return None
+
+
+def _is_folder(found: Fd) -> bool:
+    """Whether a descriptor is a directory's, as far as the kernel knows without asking a server."""
+    try:
+        openat2(found, b".", os.O_PATH | os.O_DIRECTORY, Resolve.CACHED).close()
+    except KernelError:
+        return False
+    return True
+
+
+def _link(found: Fd) -> bytes | None:
+    """Read a symlink: nothing where it is another file, or a server would have to be asked, None where a directory."""
+    if statmount(mount_id(found), _SHOWN).fstype.startswith(SERVERS):
+        return b""
+    mode = os.fstat(found.fileno()).st_mode
+    if stat.S_ISDIR(mode):
+        return None
+    return os.readlink(b"", dir_fd=found.fileno()) if stat.S_ISLNK(mode) else b""
 
 
 def _names(path: bytes) -> list[bytes]:
