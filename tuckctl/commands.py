@@ -296,7 +296,7 @@ def doctor(path: StrPath | None = None, *, fix: bool = False) -> Doctor:
     With `fix`, it changes one thing: an automount trigger at the path that is cut off from its automounter in some
     mount namespace, where a look ends in ELOOP, is replaced there by one that is not.
 
-    Its `exit_code` is 0 when a swap would go through, 3 when not.
+    Its `exit_code` is 0 when a swap would go through, 3 when not. Raises UsageError for `fix` without a path.
     """
     from tuckctl import diagnosis  # noqa: PLC0415 - as above
 

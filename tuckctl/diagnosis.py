@@ -92,6 +92,8 @@ def doctor(path: bytes | None, *, fix: bool = False) -> Doctor:
     With `fix`, automount triggers at the path that are cut off from their daemon in some namespace are made live there.
     """
     with answering(path or b"", lambda problem: Doctor({}, path, (), error=problem)):
+        if fix and path is None:
+            raise UsageError("usage", "--fix: no path is named", "name the trigger, or a directory above it")
         findings: list[Finding] = []
         kernel = _kernel(findings)
         if path is not None and all(feature.present for feature in kernel.values() if feature.needed):

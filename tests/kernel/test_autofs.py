@@ -10,11 +10,13 @@ import subprocess
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 import tuckctl
 from tests.kernel.autofs import Automounter
 from tests.kernel.lab import in_own_namespace, mount_tmpfs, needs_root
 from tests.kernel.scenes import Space, failure, read, write_tree
-from tuckctl.errors import TuckError
+from tuckctl.errors import TuckError, UsageError
 from tuckctl.kernel.flags import AT_FDCWD, Propagation
 from tuckctl.kernel.syscalls import mount_setattr
 from tuckctl.log import NOTHING, log
@@ -249,6 +251,12 @@ def test_doctor_tells_where_it_will_end_in_eloop_after_the_next_expiry(disk: byt
         assert _error_in(private, scene.around + b"/auto/name/file") is None
 
     in_own_namespace(_with_scene, disk, work)
+
+
+def test_to_fix_nothing_in_particular_is_a_usage_error() -> None:
+    with pytest.raises(UsageError) as caught:
+        tuckctl.doctor(fix=True)
+    assert (caught.value.code, caught.value.exit_code) == ("usage", 2)
 
 
 def test_doctor_tells_of_triggers_without_a_daemon(disk: bytes) -> None:
